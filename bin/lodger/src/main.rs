@@ -1,0 +1,2 @@
+//! The `lodger` command.
+fn main() {}

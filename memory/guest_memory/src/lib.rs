@@ -1,0 +1,1 @@
+//! lodger-guest-memory
