@@ -8,6 +8,7 @@
 //! while the clock is paused.
 
 mod live;
+pub mod manual;
 
 pub use live::LiveClock;
 
