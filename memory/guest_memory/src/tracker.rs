@@ -74,9 +74,15 @@ impl Tracker {
         (old & Self::VERSION_MASK, old & WRITE_CACHED != 0)
     }
 
-    /// Tells that no vCPU has a cached write translation of `page` any more (after `watch_code` asked).
-    pub fn writes_uncached(&self, page: usize) {
-        self.pages.code[page].fetch_and(!WRITE_CACHED, Ordering::AcqRel);
+    /// Tells that no vCPU has a cached write translation of `page` any more (after `watch_code` asked, and returned
+    /// `version`). Without effect if the page was written meanwhile: then a translation may have been cached again.
+    pub fn writes_uncached(&self, page: usize, version: u32) {
+        let _ = self.pages.code[page].compare_exchange(
+            version | HAS_CODE | WRITE_CACHED,
+            version | HAS_CODE,
+            Ordering::AcqRel,
+            Ordering::Relaxed,
+        );
     }
 
     /// Whether `page` holds code that an engine caches.
@@ -193,7 +199,9 @@ mod tests {
             (t.version(1), true),
             "the caller must flush"
         );
-        t.writes_uncached(1);
+        t.writes_uncached(1, version);
+        assert!(t.watch_code(1).1, "an outdated answer changes nothing");
+        t.writes_uncached(1, t.version(1));
         assert!(!t.watch_code(1).1);
     }
 
