@@ -1,0 +1,518 @@
+//! Packages from the sources that the host's apt is set up with.
+//!
+//! Everything goes through apt's own programs, so that its sources, keys, proxy
+//! and pins apply, and through an apt state of our own, so that an ordinary user
+//! can do it and nothing on the host changes. Package lists are the host's, as
+//! long as they lead to the packages; when they do not (there are none yet, or
+//! they are too old), fresh ones are fetched into the cache.
+//!
+//! See apt.conf(5), apt-get(8), apt-cache(8); `apt-helper` is what apt offers to
+//! programs that download: it resumes partial files and checks hashes, which
+//! `apt-get download` does not do or does not tell.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Output};
+use std::thread::sleep;
+use std::time::Duration;
+
+use crate::cache::Workshop;
+use crate::error::{Error, IoContext, Result};
+use crate::manifest::sha256_of;
+use crate::progress::Progress;
+
+/// Not in anybody's PATH, and at the same place on every Debian.
+const APT_HELPER: &str = "/usr/lib/apt/apt-helper";
+
+/// The architecture of the guests.
+const ARCHITECTURE: &str = "amd64";
+
+/// Settings that an ordinary user's private run needs, whatever the host's are.
+const CONFIG: &str = r#"
+#clear APT::Update::Pre-Invoke;
+#clear APT::Update::Post-Invoke;
+#clear APT::Update::Post-Invoke-Success;
+APT::Sandbox::User "root";
+Acquire::Languages "none";
+Acquire::Retries "2";
+Acquire::http::Timeout "20";
+Acquire::https::Timeout "20";
+Dir::Cache::pkgcache "pkgcache.bin";
+"#;
+
+/// A package that has been fetched and verified.
+#[derive(Debug)]
+pub(crate) struct Deb {
+    pub(crate) package: String,
+    pub(crate) version: String,
+    path: PathBuf,
+}
+
+/// Where a package is to be had.
+#[derive(Debug, PartialEq, Eq)]
+struct Remote {
+    package: String,
+    version: String,
+    uri: String,
+    /// The name that apt gives the file.
+    file: String,
+    size: u64,
+    /// In hexadecimal, from the authenticated lists.
+    sha256: String,
+}
+
+/// The host's apt, with a state of our own.
+pub(crate) struct Apt<'a> {
+    workshop: &'a Workshop,
+    config: PathBuf,
+    cache: PathBuf,
+    status: PathBuf,
+    /// Our own package lists, when the host's would not do.
+    lists: Option<PathBuf>,
+}
+
+/// Fetches the packages that `choose` names after asking apt.
+pub(crate) fn fetch(
+    workshop: &Workshop,
+    progress: &mut dyn Progress,
+    choose: impl Fn(&Apt) -> Result<Vec<String>>,
+) -> Result<Vec<Deb>> {
+    let mut apt = Apt::new(workshop)?;
+    let attempt = |apt: &Apt, progress: &mut dyn Progress| {
+        progress.step("looking for the packages", None);
+        let remotes = apt.locate(&choose(apt)?)?;
+        apt.download(&remotes, progress)
+    };
+    match attempt(&apt, progress) {
+        Err(Error::NoPackage { .. }) => {}
+        // A mirror forgets a version soon after there is a newer one.
+        Err(Error::Download { detail, .. }) if detail.contains("404") => {}
+        result => return result,
+    }
+    progress.step("fetching package lists", None);
+    let complaints = apt.update()?;
+    match attempt(&apt, progress) {
+        Err(Error::NoPackage { package }) if !complaints.is_empty() => Err(Error::NoLists {
+            package,
+            dir: workshop.downloads.clone(),
+            detail: complaints,
+        }),
+        result => result,
+    }
+}
+
+impl Apt<'_> {
+    fn new(workshop: &Workshop) -> Result<Apt<'_>> {
+        let apt = Apt {
+            workshop,
+            config: workshop.scratch.join("apt.conf"),
+            cache: workshop.scratch.join("apt"),
+            status: workshop.scratch.join("status"),
+            lists: None,
+        };
+        if !Path::new(APT_HELPER).exists() {
+            return Err(Error::NoApt { program: "apt-get" });
+        }
+        fs::write(&apt.config, CONFIG).while_trying("write", &apt.config)?;
+        // What is installed on the host does not matter: an empty list of it.
+        fs::write(&apt.status, "").while_trying("write", &apt.status)?;
+        let partial = apt.cache.join("archives/partial");
+        fs::create_dir_all(&partial).while_trying("create", &partial)?;
+        Ok(apt)
+    }
+
+    /// One of apt's programs, set up to work on our state.
+    fn command(&self, program: &'static str) -> Result<Tool> {
+        let mut tool = Tool::new(program, self.workshop)?;
+        tool.command.arg("-c").arg(&self.config).arg("-q");
+        let mut option = |name: &str, value: &Path| {
+            let mut setting = std::ffi::OsString::from(name);
+            setting.push("=");
+            setting.push(value);
+            tool.command.arg("-o").arg(setting);
+        };
+        option("Dir::Cache", &self.cache);
+        option("Dir::State::status", &self.status);
+        if let Some(lists) = &self.lists {
+            option("Dir::State::lists", lists);
+        }
+        Ok(tool)
+    }
+
+    /// Fetches fresh package lists, to be used from now on. Sources that fail are
+    /// left out, as apt does it: what apt complained of is the answer.
+    fn update(&mut self) -> Result<String> {
+        let lists = self.workshop.downloads.join("lists");
+        let partial = lists.join("partial");
+        fs::create_dir_all(&partial).while_trying("create", &partial)?;
+        self.lists = Some(lists);
+
+        // Of all the indexes that the host may want, only those of packages.
+        let mut tool = self.command("apt-get")?;
+        tool.command
+            .args(["indextargets", "--format", "$(TARGET_OF)::$(IDENTIFIER)"]);
+        let targets = tool.output()?;
+        let targets: BTreeSet<&str> = targets.lines().collect();
+
+        let mut tool = self.command("apt-get")?;
+        tool.command.arg("update");
+        for target in targets {
+            if target != "deb::Packages" {
+                tool.command.arg("-o").arg(format!(
+                    "Acquire::IndexTargets::{target}::DefaultEnabled=false"
+                ));
+            }
+        }
+        let output = tool.run()?;
+        Ok(complaints(&output.stderr))
+    }
+
+    /// The names in the field Depends of a package (of alternatives, the first).
+    pub(crate) fn dependencies(&self, package: &str) -> Result<Vec<String>> {
+        let mut tool = self.command("apt-cache")?;
+        tool.command
+            .args(["show", "--no-all-versions"])
+            .arg(format!("{package}:{ARCHITECTURE}"));
+        let output = tool.run()?;
+        let record = String::from_utf8_lossy(&output.stdout);
+        if record.trim().is_empty() {
+            return Err(
+                if output.status.success() || says_no_package(&output.stderr) {
+                    Error::NoPackage {
+                        package: package.to_owned(),
+                    }
+                } else {
+                    tool.failed(&output.stderr, output.status)
+                },
+            );
+        }
+        Ok(depends(&record))
+    }
+
+    /// Asks apt where the packages are.
+    fn locate(&self, packages: &[String]) -> Result<Vec<Remote>> {
+        let mut tool = self.command("apt-get")?;
+        tool.command.args(["download", "--print-uris"]);
+        for package in packages {
+            tool.command.arg(format!("{package}:{ARCHITECTURE}"));
+        }
+        let output = tool.run()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let mut remotes: Vec<Remote> = text.lines().filter_map(Remote::parse).collect();
+        for package in packages {
+            if !remotes.iter().any(|remote| remote.package == *package) {
+                return Err(
+                    if output.status.success() || says_no_package(&output.stderr) {
+                        Error::NoPackage {
+                            package: package.clone(),
+                        }
+                    } else {
+                        tool.failed(&output.stderr, output.status)
+                    },
+                );
+            }
+        }
+        remotes.retain(|remote| packages.contains(&remote.package));
+        Ok(remotes)
+    }
+
+    /// Fetches the packages that are not there yet.
+    fn download(&self, remotes: &[Remote], progress: &mut dyn Progress) -> Result<Vec<Deb>> {
+        self.drop_others(remotes)?;
+        remotes
+            .iter()
+            .map(|remote| {
+                let path = self.workshop.downloads.join(&remote.file);
+                self.download_one(remote, &path, progress)?;
+                Ok(Deb {
+                    package: remote.package.clone(),
+                    version: remote.version.clone(),
+                    path,
+                })
+            })
+            .collect()
+    }
+
+    /// Deletes downloads of versions that are wanted no more.
+    fn drop_others(&self, remotes: &[Remote]) -> Result<()> {
+        let dir = &self.workshop.downloads;
+        for entry in fs::read_dir(dir).while_trying("read", dir)? {
+            let entry = entry.while_trying("read", dir)?;
+            let wanted = |remote: &Remote| entry.file_name() == remote.file.as_str();
+            if !entry.path().is_dir() && !remotes.iter().any(wanted) {
+                fs::remove_file(entry.path()).while_trying("remove", &entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn download_one(
+        &self,
+        remote: &Remote,
+        path: &Path,
+        progress: &mut dyn Progress,
+    ) -> Result<()> {
+        let what = format!("downloading {} {}", remote.package, remote.version);
+        progress.step(&what, Some(remote.size));
+        let log = self.workshop.scratch.join("download.log");
+        // What an earlier try left may be damaged: then once more, from nothing.
+        loop {
+            let resumed = match fs::metadata(path) {
+                Ok(metadata) if metadata.len() < remote.size => metadata.len() > 0,
+                Ok(_) if remote.matches(path)? => return Ok(()),
+                Ok(_) => {
+                    fs::remove_file(path).while_trying("remove", path)?;
+                    false
+                }
+                Err(_) => false,
+            };
+            let status = self.run_helper(remote, path, &log, progress)?;
+            if status.success() && remote.matches(path)? {
+                return Ok(());
+            }
+            let detail = match complaints(&fs::read(&log).while_trying("read", &log)?) {
+                text if text.is_empty() => format!("the file is not as announced ({status})"),
+                text => text,
+            };
+            if !(resumed && (status.success() || detail.contains("Hash Sum mismatch"))) {
+                return Err(Error::Download {
+                    package: remote.package.clone(),
+                    dir: self.workshop.downloads.clone(),
+                    detail,
+                });
+            }
+        }
+    }
+
+    /// Lets apt-helper fetch the file, and watches it grow. It writes its output
+    /// to a file, not to us: if we are killed, it finishes its work for the next
+    /// build, which waits for it because it holds the lock.
+    fn run_helper(
+        &self,
+        remote: &Remote,
+        path: &Path,
+        log: &Path,
+        progress: &mut dyn Progress,
+    ) -> Result<ExitStatus> {
+        let mut tool = self.command(APT_HELPER)?;
+        let output = File::create(log).while_trying("create", log)?;
+        tool.command
+            .args(["download-file", &remote.uri])
+            .arg(path)
+            .arg(format!("SHA256:{}", remote.sha256))
+            .stderr(output.try_clone().while_trying("write", log)?)
+            .stdout(output);
+        let mut child = tool.command.spawn().map_err(|error| tool.no_start(error))?;
+        loop {
+            let status = child.try_wait().map_err(|error| tool.no_start(error))?;
+            if let Ok(metadata) = fs::metadata(path) {
+                progress.advance(metadata.len().min(remote.size));
+            }
+            match status {
+                Some(status) => return Ok(status),
+                None => sleep(Duration::from_millis(50)),
+            }
+        }
+    }
+}
+
+impl Deb {
+    /// Unpacks the files of the package below `dir`.
+    pub(crate) fn unpack(&self, dir: &Path, workshop: &Workshop) -> Result<()> {
+        let mut tool = Tool::new("dpkg-deb", workshop)?;
+        tool.command.arg("-x").arg(&self.path).arg(dir);
+        tool.output().map(drop)
+    }
+
+    /// Name and version.
+    pub(crate) fn title(&self) -> String {
+        format!("{} {}", self.package, self.version)
+    }
+}
+
+impl Remote {
+    /// Reads a line of `apt-get download --print-uris`:
+    /// `'URI' PACKAGE_VERSION_ARCHITECTURE.deb SIZE SHA256:HASH`.
+    fn parse(line: &str) -> Option<Remote> {
+        let (uri, rest) = line.strip_prefix('\'')?.split_once("' ")?;
+        let mut words = rest.split_whitespace();
+        let file = words.next().filter(|file| !file.contains('/'))?;
+        let size = words.next()?.parse().ok()?;
+        let sha256 = words.find_map(|word| word.strip_prefix("SHA256:"))?;
+        let mut parts = file.split('_');
+        Some(Remote {
+            package: parts.next()?.to_owned(),
+            version: parts.next()?.replace("%3a", ":"),
+            uri: uri.to_owned(),
+            file: file.to_owned(),
+            size,
+            sha256: sha256.to_owned(),
+        })
+    }
+
+    /// Whether the file is the package, byte by byte.
+    fn matches(&self, path: &Path) -> Result<bool> {
+        let hash = File::open(path)
+            .and_then(sha256_of)
+            .while_trying("read", path)?;
+        Ok(hash == self.sha256)
+    }
+}
+
+/// A program of the host's, run with the lock as its standard input.
+struct Tool {
+    program: &'static str,
+    command: Command,
+}
+
+impl Tool {
+    fn new(program: &'static str, workshop: &Workshop) -> Result<Tool> {
+        let lock = workshop
+            .lock
+            .try_clone()
+            .while_trying("share the lock in", &workshop.scratch)?;
+        let mut command = Command::new(program);
+        command.env("LC_ALL", "C").stdin(lock);
+        Ok(Tool { program, command })
+    }
+
+    /// Runs it to its end, whatever that is.
+    fn run(&mut self) -> Result<Output> {
+        self.command.output().map_err(|error| self.no_start(error))
+    }
+
+    /// Runs it, and takes its standard output.
+    fn output(&mut self) -> Result<String> {
+        let output = self.run()?;
+        if !output.status.success() {
+            return Err(self.failed(&output.stderr, output.status));
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    fn no_start(&self, error: io::Error) -> Error {
+        match error.kind() {
+            io::ErrorKind::NotFound => Error::NoApt {
+                program: self.program,
+            },
+            _ => self.error(error.to_string()),
+        }
+    }
+
+    fn failed(&self, stderr: &[u8], status: ExitStatus) -> Error {
+        self.error(match complaints(stderr) {
+            text if text.is_empty() => status.to_string(),
+            text => text,
+        })
+    }
+
+    fn error(&self, detail: String) -> Error {
+        let words = [self.command.get_program()]
+            .into_iter()
+            .chain(self.command.get_args())
+            .map(|word| word.to_string_lossy())
+            .collect::<Vec<_>>();
+        Error::Tool {
+            command: words.join(" "),
+            detail,
+        }
+    }
+}
+
+/// The packages named in the field Depends of a record in deb822 format.
+fn depends(record: &str) -> Vec<String> {
+    record
+        .lines()
+        .find_map(|line| line.strip_prefix("Depends:"))
+        .unwrap_or_default()
+        .split(',')
+        .filter_map(|dependency| dependency.split_whitespace().next())
+        .map(|name| name.split(':').next().unwrap_or(name).to_owned())
+        .collect()
+}
+
+fn says_no_package(stderr: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(stderr);
+    [
+        "No packages found",
+        "Unable to locate package",
+        "Can't find a source",
+    ]
+    .iter()
+    .any(|phrase| text.contains(phrase))
+}
+
+/// What a program complained of: its errors and warnings, or else its last line.
+fn complaints(stderr: &[u8]) -> String {
+    let text = String::from_utf8_lossy(stderr);
+    let marked = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("E: ").or(line.strip_prefix("W: ")))
+        .take(4)
+        .collect::<Vec<_>>();
+    if marked.is_empty() {
+        return text
+            .lines()
+            .next_back()
+            .unwrap_or_default()
+            .trim()
+            .to_owned();
+    }
+    marked.join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_print_uris() {
+        let line = "'http://mirror.example/pool/b/busybox-static_1.35.0-4%2bb1_amd64.deb' \
+                    busybox-static_1%3a1.35.0-4+b1_amd64.deb 928188 SHA256:3d3f";
+        let remote = Remote {
+            package: "busybox-static".into(),
+            version: "1:1.35.0-4+b1".into(),
+            uri: "http://mirror.example/pool/b/busybox-static_1.35.0-4%2bb1_amd64.deb".into(),
+            file: "busybox-static_1%3a1.35.0-4+b1_amd64.deb".into(),
+            size: 928188,
+            sha256: "3d3f".into(),
+        };
+        assert_eq!(Remote::parse(line), Some(remote));
+        for bad in [
+            "",
+            "Get:1 http://mirror.example/",
+            "'http://mirror.example/a.deb' a_1_amd64.deb 5 MD5Sum:00",
+            "'http://mirror.example/a.deb' ../a_1_amd64.deb 5 SHA256:00",
+            "'http://mirror.example/a.deb' a_1_amd64.deb five SHA256:00",
+        ] {
+            assert_eq!(Remote::parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn field_depends() {
+        for (record, expected) in [
+            ("Package: a\nVersion: 1\n", &[][..]),
+            ("Package: a\nDepends: b\n", &["b"]),
+            (
+                "Depends: linux-image-6.1 (= 6.1-1), c:any (>= 2) | d, e\nPre-Depends: f\n",
+                &["linux-image-6.1", "c", "e"],
+            ),
+        ] {
+            assert_eq!(depends(record), expected, "{record}");
+        }
+    }
+
+    #[test]
+    fn what_a_program_complains_of() {
+        for (stderr, expected) in [
+            ("", ""),
+            ("one\ntwo\n", "two"),
+            ("W: a\nnoise\nE: b\n", "a; b"),
+        ] {
+            assert_eq!(complaints(stderr.as_bytes()), expected);
+        }
+    }
+}

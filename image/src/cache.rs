@@ -1,0 +1,553 @@
+//! The directory where a user's images are.
+//!
+//! ```text
+//! images/NAME/    a finished image: its files and image.json
+//! downloads/      packages that are on their way, kept for the next try
+//! work/           everything else that a build writes; worthless afterwards
+//! lock            held (flock) by the one build that is at work
+//! ```
+//!
+//! A build fills a directory below `work`, forces it to the disk and renames it
+//! into `images`: whatever interrupts it, what is in `images` is whole. The lock
+//! says that nobody is at work, so whoever gets it may delete all of `work`.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+
+use crate::error::{Error, IoContext, Result};
+use crate::manifest::{self, Contents, Manifest};
+use crate::mini;
+use crate::progress::Progress;
+
+/// The image to run when none is named.
+pub const DEFAULT_IMAGE: &str = "mini";
+
+/// An image that can be built.
+struct Recipe {
+    name: &'static str,
+    description: &'static str,
+    build: fn(&Workshop, &Path, &mut dyn Progress) -> Result<Contents>,
+}
+
+const RECIPES: &[Recipe] = &[Recipe {
+    name: DEFAULT_IMAGE,
+    description: mini::DESCRIPTION,
+    build: mini::build,
+}];
+
+/// The images of one user.
+#[derive(Debug, Clone)]
+pub struct Cache {
+    root: PathBuf,
+}
+
+/// What a machine boots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// The kernel, a bzImage.
+    pub kernel: PathBuf,
+    /// The initial RAM disk.
+    pub initrd: PathBuf,
+    /// The kernel command line that suits the two.
+    pub append: String,
+}
+
+/// An image that is known, built or not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageInfo {
+    /// What to call it.
+    pub name: &'static str,
+    /// What it is, in one line.
+    pub description: &'static str,
+    /// Whether it is there.
+    pub state: ImageState,
+}
+
+/// Whether an image is in the cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ImageState {
+    /// It has not been built.
+    Absent,
+    /// It is ready to run.
+    Ready {
+        /// Bytes on the disk.
+        size: u64,
+        /// The kernel's release, as `uname -r` says it.
+        kernel_release: String,
+    },
+    /// Its files are not as they were built; the reason.
+    Damaged(String),
+}
+
+/// What a recipe has to work with. It lives as long as the lock is held.
+pub(crate) struct Workshop {
+    /// A directory for anything; gone when the build is over.
+    pub(crate) scratch: PathBuf,
+    /// Where downloads go, and stay until an image is finished.
+    pub(crate) downloads: PathBuf,
+    /// The lock. Given to child processes as their standard input, it stays
+    /// locked while one of them outlives this process.
+    pub(crate) lock: File,
+}
+
+impl Cache {
+    /// The cache in `dir`, or else in `$XDG_CACHE_HOME/lodger`, or else in
+    /// `~/.cache/lodger`. Nothing is created before the first build.
+    pub fn open(dir: Option<PathBuf>) -> Result<Cache> {
+        let root = dir
+            .or_else(|| default_dir(std::env::var_os("XDG_CACHE_HOME"), std::env::var_os("HOME")))
+            .ok_or(Error::NoCacheDir)?;
+        // Tools that run elsewhere get paths too.
+        let root = std::path::absolute(&root).while_trying("find", &root)?;
+        Ok(Cache { root })
+    }
+
+    /// Where the cache is.
+    pub fn dir(&self) -> &Path {
+        &self.root
+    }
+
+    /// All images that are known, built or not.
+    pub fn list(&self) -> Vec<ImageInfo> {
+        RECIPES
+            .iter()
+            .map(|recipe| ImageInfo {
+                name: recipe.name,
+                description: recipe.description,
+                state: match self.manifest(recipe.name) {
+                    Ok(None) => ImageState::Absent,
+                    Ok(Some(manifest)) => ImageState::Ready {
+                        size: manifest.size(),
+                        kernel_release: manifest.kernel_release,
+                    },
+                    Err(reason) => ImageState::Damaged(reason),
+                },
+            })
+            .collect()
+    }
+
+    /// The image of that name; `None` if it has not been built. Checks that its
+    /// files are there and have the right sizes; [`Cache::verify`] checks all.
+    pub fn get(&self, name: &str) -> Result<Option<Image>> {
+        let recipe = recipe(name)?;
+        let manifest = self
+            .manifest(recipe.name)
+            .map_err(|reason| self.damaged(recipe, reason))?;
+        Ok(manifest.map(|manifest| self.image(recipe.name, &manifest)))
+    }
+
+    /// The image of that name; builds it if it is not there or damaged.
+    pub fn get_or_build(&self, name: &str, progress: &mut dyn Progress) -> Result<Image> {
+        match self.get(name) {
+            Ok(Some(image)) => Ok(image),
+            Ok(None) | Err(Error::Damaged { .. }) => self.build(name, progress),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Checks every byte of an image against its checksum. `false` if the image
+    /// has not been built.
+    pub fn verify(&self, name: &str) -> Result<bool> {
+        let recipe = recipe(name)?;
+        let check = || match self.manifest(recipe.name)? {
+            Some(manifest) => manifest
+                .check_contents(&self.image_dir(recipe.name))
+                .map(|()| true),
+            None => Ok(false),
+        };
+        check().map_err(|reason| self.damaged(recipe, reason))
+    }
+
+    /// Builds an image from the newest packages, in place of the one that may be
+    /// there. Waits while another process builds one, and then takes that.
+    pub fn build(&self, name: &str, progress: &mut dyn Progress) -> Result<Image> {
+        let recipe = recipe(name)?;
+        let before = self.manifest(recipe.name).ok().flatten();
+        let (workshop, waited) = self.enter(progress)?;
+        if waited
+            && let Ok(Some(manifest)) = self.manifest(recipe.name)
+            && Some(&manifest) != before.as_ref()
+        {
+            return Ok(self.image(recipe.name, &manifest));
+        }
+        self.install(recipe.name, &workshop, |dir| {
+            (recipe.build)(&workshop, dir, progress)
+        })
+    }
+
+    /// Removes an image, and what an interrupted build may have left. `false` if
+    /// the image was not there.
+    pub fn remove(&self, name: &str) -> Result<bool> {
+        let recipe = recipe(name)?;
+        if !self.root.exists() {
+            return Ok(false);
+        }
+        let (workshop, _) = self.enter(&mut ())?;
+        let removed = self.discard(recipe.name, &workshop)?;
+        remove_dir(&workshop.downloads)?;
+        Ok(removed)
+    }
+
+    /// The manifest of an image in the cache, if there is one; `Err` says what is
+    /// wrong with the image.
+    fn manifest(&self, name: &str) -> Result<Option<Manifest>, String> {
+        let dir = self.image_dir(name);
+        if !dir.exists() {
+            return Ok(None);
+        }
+        let manifest = Manifest::read(&dir)?;
+        manifest.check_sizes(&dir)?;
+        Ok(Some(manifest))
+    }
+
+    fn image_dir(&self, name: &str) -> PathBuf {
+        self.root.join("images").join(name)
+    }
+
+    fn image(&self, name: &str, manifest: &Manifest) -> Image {
+        let dir = self.image_dir(name);
+        Image {
+            kernel: dir.join(&manifest.kernel.file),
+            initrd: dir.join(&manifest.initrd.file),
+            append: manifest.append.clone(),
+        }
+    }
+
+    fn damaged(&self, recipe: &Recipe, reason: String) -> Error {
+        Error::Damaged {
+            name: recipe.name.to_owned(),
+            dir: self.image_dir(recipe.name),
+            reason,
+        }
+    }
+
+    /// Takes the lock, and clears away what a dead build has left. Also tells
+    /// whether the lock was somebody else's at first.
+    fn enter(&self, progress: &mut dyn Progress) -> Result<(Workshop, bool)> {
+        let path = self.root.join("lock");
+        let lock = fs::create_dir_all(&self.root)
+            .and_then(|()| File::options().append(true).create(true).open(&path))
+            .map_err(|source| Error::CacheDir {
+                dir: self.root.clone(),
+                source,
+            })?;
+        let waited = match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => {
+                progress.step(
+                    &format!("waiting for another build in {}", self.root.display()),
+                    None,
+                );
+                flock(&lock, FlockOperation::LockExclusive).while_trying("lock", &path)?;
+                true
+            }
+            result => {
+                result.while_trying("lock", &path)?;
+                false
+            }
+        };
+        let workshop = Workshop {
+            scratch: self.root.join("work"),
+            downloads: self.root.join("downloads"),
+            lock,
+        };
+        remove_dir(&workshop.scratch)?;
+        for dir in [&workshop.scratch, &workshop.downloads] {
+            fs::create_dir_all(dir).while_trying("create", dir)?;
+        }
+        Ok((workshop, waited))
+    }
+
+    /// Lets `fill` make the files of an image, and puts them in place.
+    fn install(
+        &self,
+        name: &str,
+        workshop: &Workshop,
+        fill: impl FnOnce(&Path) -> Result<Contents>,
+    ) -> Result<Image> {
+        let new = tempfile::tempdir_in(&workshop.scratch)
+            .while_trying("create a directory in", &workshop.scratch)?;
+        let contents = fill(new.path())?;
+        let manifest = Manifest::create(new.path(), contents)?;
+
+        let place = self.image_dir(name);
+        let images = self.root.join("images");
+        fs::create_dir_all(&images).while_trying("create", &images)?;
+        self.discard(name, workshop)?;
+        fs::rename(new.path(), &place).while_trying("create", &place)?;
+        manifest::sync_dir(&images)?;
+        remove_dir(&workshop.downloads)?;
+        Ok(self.image(name, &manifest))
+    }
+
+    /// Takes an image out of the cache in one step; its files go with the rest
+    /// of the scratch directory. `false` if it was not there.
+    fn discard(&self, name: &str, workshop: &Workshop) -> Result<bool> {
+        let place = self.image_dir(name);
+        match fs::rename(&place, workshop.scratch.join("discarded")) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error).while_trying("remove", &place),
+        }
+    }
+}
+
+impl Drop for Workshop {
+    /// Cleans up while the lock is still held. What cannot be deleted now, the
+    /// next build reports.
+    fn drop(&mut self) {
+        let _ = remove_dir(&self.scratch);
+    }
+}
+
+fn recipe(name: &str) -> Result<&'static Recipe> {
+    RECIPES
+        .iter()
+        .find(|recipe| recipe.name == name)
+        .ok_or_else(|| Error::UnknownImage {
+            name: name.to_owned(),
+            known: RECIPES
+                .iter()
+                .map(|recipe| recipe.name)
+                .collect::<Vec<_>>()
+                .join(", "),
+        })
+}
+
+/// The cache's place by the XDG Base Directory Specification: a relative
+/// `$XDG_CACHE_HOME` is to be ignored.
+fn default_dir(xdg_cache_home: Option<OsString>, home: Option<OsString>) -> Option<PathBuf> {
+    let xdg = xdg_cache_home
+        .map(PathBuf::from)
+        .filter(|dir| dir.is_absolute());
+    let home = || home.filter(|dir| !dir.is_empty()).map(PathBuf::from);
+    xdg.or_else(|| Some(home()?.join(".cache")))
+        .map(|dir| dir.join("lodger"))
+}
+
+fn remove_dir(dir: &Path) -> Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).while_trying("remove", dir)
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::sync::mpsc;
+    use std::thread;
+
+    use super::*;
+
+    fn cache() -> (tempfile::TempDir, Cache) {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(Some(dir.path().join("cache"))).unwrap();
+        (dir, cache)
+    }
+
+    /// Installs an image whose kernel has these bytes.
+    fn install(cache: &Cache, kernel: &[u8]) -> Result<Image> {
+        let (workshop, _) = cache.enter(&mut ())?;
+        cache.install(DEFAULT_IMAGE, &workshop, |dir| {
+            fs::write(dir.join("kernel"), kernel).unwrap();
+            fs::write(dir.join("initrd"), b"initrd").unwrap();
+            Ok(contents())
+        })
+    }
+
+    fn contents() -> Contents {
+        Contents {
+            kernel: "kernel",
+            initrd: "initrd",
+            append: "quiet",
+            kernel_release: "6.1".into(),
+            packages: [].into(),
+        }
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let mut names: Vec<String> = fs::read_dir(dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn default_place() {
+        for (xdg, home, expected) in [
+            (Some("/x"), Some("/home/u"), Some("/x/lodger")),
+            (None, Some("/home/u"), Some("/home/u/.cache/lodger")),
+            (Some(""), Some("/home/u"), Some("/home/u/.cache/lodger")),
+            (Some("rel"), Some("/home/u"), Some("/home/u/.cache/lodger")),
+            (None, Some(""), None),
+            (None, None, None),
+        ] {
+            assert_eq!(
+                default_dir(xdg.map(Into::into), home.map(Into::into)),
+                expected.map(Into::into),
+                "{xdg:?} {home:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn looking_creates_nothing() {
+        let (_dir, cache) = cache();
+        assert_eq!(cache.get("mini").unwrap(), None);
+        assert!(!cache.verify("mini").unwrap());
+        assert!(!cache.remove("mini").unwrap());
+        assert_eq!(cache.list()[0].state, ImageState::Absent);
+        assert!(!cache.dir().exists());
+    }
+
+    #[test]
+    fn unknown_name_lists_the_known() {
+        let (_dir, cache) = cache();
+        for error in [
+            cache.get("maxi").unwrap_err(),
+            cache.build("maxi", &mut ()).unwrap_err(),
+            cache.remove("../mini").unwrap_err(),
+        ] {
+            assert!(matches!(error, Error::UnknownImage { .. }));
+            assert!(error.to_string().contains("known images: mini"), "{error}");
+        }
+        assert!(!cache.dir().exists());
+    }
+
+    #[test]
+    fn install_replace_remove() {
+        let (_dir, cache) = cache();
+        for kernel in [&b"one"[..], b"another"] {
+            let image = install(&cache, kernel).unwrap();
+            assert_eq!(cache.get("mini").unwrap(), Some(image.clone()));
+            assert_eq!(fs::read(&image.kernel).unwrap(), kernel);
+            assert_eq!(image.append, "quiet");
+            assert!(cache.verify("mini").unwrap());
+            assert_eq!(names(cache.dir()), ["images", "lock"]);
+        }
+        assert!(cache.remove("mini").unwrap());
+        assert_eq!(cache.get("mini").unwrap(), None);
+        assert!(!cache.remove("mini").unwrap());
+    }
+
+    #[test]
+    fn failed_build_leaves_the_old_image() {
+        let (_dir, cache) = cache();
+        let before = install(&cache, b"old").unwrap();
+        let (workshop, _) = cache.enter(&mut ()).unwrap();
+        let error = cache
+            .install("mini", &workshop, |dir| {
+                fs::write(dir.join("kernel"), b"new").unwrap();
+                Err(Error::NoCacheDir)
+            })
+            .unwrap_err();
+        assert!(matches!(error, Error::NoCacheDir));
+        drop(workshop);
+        assert_eq!(cache.get("mini").unwrap(), Some(before));
+        assert!(cache.verify("mini").unwrap());
+        assert_eq!(names(&cache.dir().join("images")), ["mini"]);
+        assert!(!cache.dir().join("work").exists());
+    }
+
+    #[test]
+    fn what_a_killed_build_left_is_no_image_and_goes() {
+        let (_dir, cache) = cache();
+        let (workshop, _) = cache.enter(&mut ()).unwrap();
+        let half = workshop.scratch.join("half/deep");
+        fs::create_dir_all(&half).unwrap();
+        fs::write(half.join("kernel"), b"ker").unwrap();
+        fs::write(workshop.downloads.join("a.deb"), b"part").unwrap();
+        // A killed process runs no destructors, but the host unlocks its files.
+        flock(&workshop.lock, FlockOperation::Unlock).unwrap();
+        std::mem::forget(workshop);
+
+        assert_eq!(cache.get("mini").unwrap(), None);
+        let (workshop, waited) = cache.enter(&mut ()).unwrap();
+        assert!(!waited);
+        assert!(names(&workshop.scratch).is_empty());
+        assert_eq!(names(&workshop.downloads), ["a.deb"]);
+    }
+
+    /// Calls back at each step.
+    struct OnStep<F: FnMut(&str)>(F);
+
+    impl<F: FnMut(&str)> Progress for OnStep<F> {
+        fn step(&mut self, what: &str, _total: Option<u64>) {
+            (self.0)(what);
+        }
+        fn advance(&mut self, _done: u64) {}
+    }
+
+    #[test]
+    fn second_build_waits_and_takes_the_first_ones_image() {
+        let (_dir, cache) = cache();
+        let (workshop, waited) = cache.enter(&mut ()).unwrap();
+        assert!(!waited);
+        let (waiting, is_waiting) = mpsc::channel();
+        thread::scope(|scope| {
+            let second = scope.spawn(|| {
+                let steps = RefCell::new(Vec::new());
+                let mut progress = OnStep(|what| {
+                    steps.borrow_mut().push(what.to_owned());
+                    waiting.send(()).unwrap();
+                });
+                let image = cache.build("mini", &mut progress);
+                (image, steps.take())
+            });
+            is_waiting.recv().unwrap();
+            let first = cache
+                .install("mini", &workshop, |dir| {
+                    fs::write(dir.join("kernel"), b"first").unwrap();
+                    fs::write(dir.join("initrd"), b"initrd").unwrap();
+                    Ok(contents())
+                })
+                .unwrap();
+            drop(workshop);
+            let (second, steps) = second.join().unwrap();
+            assert_eq!(second.unwrap(), first);
+            assert_eq!(steps.len(), 1, "{steps:?}");
+            assert!(steps[0].starts_with("waiting for another build in "));
+        });
+    }
+
+    #[test]
+    fn damage_is_reported_with_the_way_out() {
+        let (_dir, cache) = cache();
+        let image = install(&cache, b"kernel").unwrap();
+
+        fs::write(&image.kernel, b"kErnel").unwrap();
+        assert!(cache.get("mini").unwrap().is_some());
+        let error = cache.verify("mini").unwrap_err().to_string();
+        assert!(error.contains("lodger image build mini"), "{error}");
+
+        fs::write(&image.kernel, b"ker").unwrap();
+        let error = cache.get("mini").unwrap_err();
+        assert!(matches!(error, Error::Damaged { .. }));
+        assert!(matches!(cache.list()[0].state, ImageState::Damaged(_)));
+
+        install(&cache, b"kernel").unwrap();
+        assert!(cache.verify("mini").unwrap());
+        fs::remove_file(cache.image_dir("mini").join("image.json")).unwrap();
+        assert!(matches!(cache.get("mini"), Err(Error::Damaged { .. })));
+    }
+
+    #[test]
+    fn place_that_cannot_be_written_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, b"").unwrap();
+        let cache = Cache::open(Some(file.join("cache"))).unwrap();
+        let error = cache.build("mini", &mut ()).unwrap_err().to_string();
+        assert!(error.contains("file/cache"), "{error}");
+        assert!(error.contains("XDG_CACHE_HOME"), "{error}");
+    }
+}

@@ -1,0 +1,155 @@
+//! What can go wrong with images. Each message names the thing, the place and
+//! the way out, so that a caller can print it as it is.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// The result of work on images.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why an image cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// No image of that name can be built.
+    #[error(
+        "there is no image '{name}'; known images: {known}. \
+         To boot files of your own, pass --kernel FILE and --initrd FILE"
+    )]
+    UnknownImage {
+        /// The name that was asked for.
+        name: String,
+        /// All names that would do, comma separated.
+        known: String,
+    },
+
+    /// Neither environment variable says where the cache is.
+    #[error("no place for the image cache: set HOME or XDG_CACHE_HOME to a directory")]
+    NoCacheDir,
+
+    /// The cache cannot be written to.
+    #[error(
+        "cannot write to the image cache {}: {source}. \
+         Set XDG_CACHE_HOME to a directory that you may write to", dir.display()
+    )]
+    CacheDir {
+        /// Where the cache was to be.
+        dir: PathBuf,
+        /// The host's answer.
+        source: io::Error,
+    },
+
+    /// The host refused a file operation.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried, as a verb.
+        action: &'static str,
+        /// On which file or directory.
+        path: PathBuf,
+        /// The host's answer.
+        source: io::Error,
+    },
+
+    /// An image in the cache is not what was built.
+    #[error(
+        "image '{name}' in {} is damaged: {reason}. \
+         Build it again: lodger image build {name}", dir.display()
+    )]
+    Damaged {
+        /// The image.
+        name: String,
+        /// Its directory.
+        dir: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// The host has no apt.
+    #[error(
+        "building an image needs {program}, which this host does not have \
+         (images are built from Debian packages). \
+         On another distribution, pass --kernel FILE and --initrd FILE"
+    )]
+    NoApt {
+        /// The program that is missing.
+        program: &'static str,
+    },
+
+    /// Neither the host's package lists nor fresh ones have the package, and
+    /// fetching fresh ones failed.
+    #[error(
+        "apt has no package '{package}' in its lists, and fresh lists could not be fetched \
+         into {}: {detail}. Check the network and the proxy settings of apt, \
+         or run 'sudo apt-get update', and try again", dir.display()
+    )]
+    NoLists {
+        /// The package that was looked for.
+        package: String,
+        /// Where the fresh lists were to go.
+        dir: PathBuf,
+        /// What apt said.
+        detail: String,
+    },
+
+    /// The package sources of the host do not offer the package.
+    #[error(
+        "the package sources of this host have no package '{package}' \
+         (see 'apt-get indextargets' for what they are). \
+         Add the main Debian archive to them, or pass --kernel FILE and --initrd FILE"
+    )]
+    NoPackage {
+        /// The package that was looked for.
+        package: String,
+    },
+
+    /// A package could not be fetched.
+    #[error(
+        "cannot download package '{package}' into {}: {detail}. \
+         Check the network and the proxy settings of apt, and try again: \
+         what has arrived is kept", dir.display()
+    )]
+    Download {
+        /// The package.
+        package: String,
+        /// The directory it was to go to.
+        dir: PathBuf,
+        /// What apt said.
+        detail: String,
+    },
+
+    /// A tool failed, or answered what cannot be understood.
+    #[error("'{command}' failed: {detail}")]
+    Tool {
+        /// The command, as one would type it.
+        command: String,
+        /// What it said.
+        detail: String,
+    },
+
+    /// A package does not hold what an image needs.
+    #[error(
+        "package {package} is not as expected: {reason}. \
+         Pass --kernel FILE and --initrd FILE to do without it"
+    )]
+    Package {
+        /// The package and its version.
+        package: String,
+        /// What is missing or wrong.
+        reason: String,
+    },
+}
+
+/// Adds to an [`io::Error`] what was tried, and on which file.
+pub(crate) trait IoContext<T> {
+    fn while_trying(self, action: &'static str, path: &Path) -> Result<T>;
+}
+
+impl<T, E: Into<io::Error>> IoContext<T> for std::result::Result<T, E> {
+    fn while_trying(self, action: &'static str, path: &Path) -> Result<T> {
+        self.map_err(|error| Error::Io {
+            action,
+            path: path.to_owned(),
+            source: error.into(),
+        })
+    }
+}

@@ -1,0 +1,67 @@
+#!/bin/sh
+# PID 1 of the mini image. A slow processor may be running this, so the shell's
+# own built-ins do the work: every other command costs a fork and an exec.
+#
+# Kernel command line:  lodger.run="COMMAND"  runs COMMAND, prints LODGER-EXIT
+# rc=N and powers off. Otherwise: a shell on the console; its end powers off.
+export PATH=/bin HOME=/root
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+
+# The first sign of life comes before anything slow.
+read -r release </proc/sys/kernel/osrelease
+read -r _ kib _ </proc/meminfo
+read -r online </sys/devices/system/cpu/online
+cpus=0
+IFS=,
+for range in $online; do
+	cpus=$((cpus + ${range#*-} - ${range%-*} + 1))
+done
+unset IFS
+echo "Lodger mini: Linux $release, $cpus CPUs, $((kib / 1024)) MiB"
+
+mount -t devtmpfs dev /dev
+
+# Drivers for the virtio devices that are there, by PCI ID (virtio 1.2, 4.1.2).
+drivers=
+for device in /sys/bus/pci/devices/*; do
+	read -r vendor <"$device/vendor" && [ "$vendor" = 0x1af4 ] || continue
+	read -r id <"$device/device"
+	case $id in
+	0x1000 | 0x1041) drivers="$drivers virtio_net" ;;
+	0x1001 | 0x1042) drivers="$drivers virtio_blk" ;;
+	0x1003 | 0x1043) drivers="$drivers virtio_console" ;;
+	0x1005 | 0x1044) drivers="$drivers virtio_rng" ;;
+	esac
+done
+[ -z "$drivers" ] || modprobe -a virtio_pci $drivers
+
+read -r cmdline </proc/cmdline
+case $cmdline in
+*'lodger.run="'*)
+	run=${cmdline#*'lodger.run="'}
+	run=${run%%'"'*}
+	;;
+*lodger.run=*)
+	run=${cmdline#*lodger.run=}
+	run=${run%% *}
+	;;
+*) run= ;;
+esac
+
+if [ -n "$run" ]; then
+	sh -c "$run"
+	echo "LODGER-EXIT rc=$?"
+else
+	setsid cttyhack sh -l
+fi
+
+# Leave disks clean, and the console's last bytes sent (a terminal setting waits
+# for them).
+while read -r device dir _; do
+	case $device in
+	/dev/*) umount "$dir" ;;
+	esac
+done </proc/mounts
+stty sane
+poweroff -f

@@ -1,0 +1,251 @@
+//! `image.json`: what an image is made of, with a checksum of each file.
+//!
+//! It is written last and lies beside the files that it names, so an image is
+//! whole when its manifest is there and agrees with them.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::error::{IoContext, Result};
+
+/// The name of the manifest in an image's directory.
+pub(crate) const FILE: &str = "image.json";
+
+/// The version of the format below. A reader takes no other.
+const FORMAT: u32 = 1;
+
+/// The parts of one image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Manifest {
+    format: u32,
+    pub(crate) kernel: Part,
+    pub(crate) initrd: Part,
+    /// The kernel command line that suits the image.
+    pub(crate) append: String,
+    /// The kernel's release, as `uname -r` says it.
+    pub(crate) kernel_release: String,
+    /// Version of each package that the image was made of.
+    pub(crate) packages: BTreeMap<String, String>,
+}
+
+/// One file of an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Part {
+    /// Its name in the directory of the image.
+    pub(crate) file: String,
+    /// Its size in bytes.
+    pub(crate) size: u64,
+    /// Its SHA-256, in hexadecimal.
+    pub(crate) sha256: String,
+}
+
+/// What a recipe leaves in an image's directory.
+pub(crate) struct Contents {
+    /// File names in that directory.
+    pub(crate) kernel: &'static str,
+    pub(crate) initrd: &'static str,
+    pub(crate) append: &'static str,
+    pub(crate) kernel_release: String,
+    pub(crate) packages: BTreeMap<String, String>,
+}
+
+impl Manifest {
+    /// Measures what lies in `dir`, forces it to the disk, and writes the manifest
+    /// beside it.
+    pub(crate) fn create(dir: &Path, contents: Contents) -> Result<Manifest> {
+        let manifest = Manifest {
+            format: FORMAT,
+            kernel: Part::measure(dir, contents.kernel)?,
+            initrd: Part::measure(dir, contents.initrd)?,
+            append: contents.append.to_owned(),
+            kernel_release: contents.kernel_release,
+            packages: contents.packages,
+        };
+        let path = dir.join(FILE);
+        let mut json = serde_json::to_vec_pretty(&manifest)
+            .map_err(io::Error::from)
+            .while_trying("write", &path)?;
+        json.push(b'\n');
+        let mut file = File::create(&path).while_trying("create", &path)?;
+        file.write_all(&json).while_trying("write", &path)?;
+        file.sync_all().while_trying("write", &path)?;
+        sync_dir(dir)?;
+        Ok(manifest)
+    }
+
+    /// Reads the manifest in `dir`. `Err` is the reason why it cannot be trusted.
+    pub(crate) fn read(dir: &Path) -> Result<Manifest, String> {
+        let text = std::fs::read(dir.join(FILE)).map_err(|error| format!("{FILE}: {error}"))?;
+        let manifest: Manifest =
+            serde_json::from_slice(&text).map_err(|error| format!("{FILE}: {error}"))?;
+        if manifest.format != FORMAT {
+            return Err(format!(
+                "{FILE} has format {}, this program knows {FORMAT}",
+                manifest.format
+            ));
+        }
+        for part in manifest.parts() {
+            if part.file.contains('/') || part.file.starts_with('.') {
+                return Err(format!("{FILE} names a file outside: {:?}", part.file));
+            }
+        }
+        Ok(manifest)
+    }
+
+    /// Checks the sizes of the files, which costs next to nothing.
+    pub(crate) fn check_sizes(&self, dir: &Path) -> Result<(), String> {
+        for Part { file, size, .. } in self.parts() {
+            let found = std::fs::metadata(dir.join(file))
+                .map_err(|error| format!("{file}: {error}"))?
+                .len();
+            if found != *size {
+                return Err(format!("{file} has {found} bytes instead of {size}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks every byte of the files.
+    pub(crate) fn check_contents(&self, dir: &Path) -> Result<(), String> {
+        self.check_sizes(dir)?;
+        for Part { file, sha256, .. } in self.parts() {
+            let found = File::open(dir.join(file))
+                .and_then(sha256_of)
+                .map_err(|error| format!("{file}: {error}"))?;
+            if found != *sha256 {
+                return Err(format!(
+                    "{file} has the SHA-256 {found} instead of {sha256}"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of all files together.
+    pub(crate) fn size(&self) -> u64 {
+        self.parts()
+            .iter()
+            .fold(0, |sum, part| sum.saturating_add(part.size))
+    }
+
+    fn parts(&self) -> [&Part; 2] {
+        [&self.kernel, &self.initrd]
+    }
+}
+
+impl Part {
+    fn measure(dir: &Path, name: &str) -> Result<Part> {
+        let path = dir.join(name);
+        let file = File::open(&path).while_trying("open", &path)?;
+        file.sync_all().while_trying("write", &path)?;
+        let size = file.metadata().while_trying("read", &path)?.len();
+        Ok(Part {
+            file: name.to_owned(),
+            size,
+            sha256: sha256_of(file).while_trying("read", &path)?,
+        })
+    }
+}
+
+/// Forces the names in a directory to the disk.
+pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .while_trying("write", dir)
+}
+
+/// The SHA-256 of all that can be read, in hexadecimal.
+pub(crate) fn sha256_of(mut input: impl Read) -> io::Result<String> {
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 128 << 10];
+    loop {
+        match input.read(&mut buffer)? {
+            0 => break,
+            len => hash.update(&buffer[..len]),
+        }
+    }
+    Ok(hash
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sha256_known_answer() {
+        // FIPS 180-2, appendix B.1.
+        assert_eq!(
+            sha256_of(&b"abc"[..]).unwrap(),
+            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        );
+    }
+
+    fn image() -> (tempfile::TempDir, Manifest) {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("vmlinuz"), b"kernel").unwrap();
+        std::fs::write(dir.path().join("initrd"), b"initrd").unwrap();
+        let contents = Contents {
+            kernel: "vmlinuz",
+            initrd: "initrd",
+            append: "console=ttyS0",
+            kernel_release: "6.1".into(),
+            packages: [("linux".into(), "6.1-1".into())].into(),
+        };
+        let manifest = Manifest::create(dir.path(), contents).unwrap();
+        (dir, manifest)
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let (dir, manifest) = image();
+        assert_eq!(Manifest::read(dir.path()), Ok(manifest.clone()));
+        assert_eq!(manifest.check_contents(dir.path()), Ok(()));
+        assert_eq!(manifest.size(), 12);
+    }
+
+    #[test]
+    fn damage_to_the_manifest_is_seen() {
+        for (from, to, expected) in [
+            ("{", "", "image.json: "),
+            ("\"format\": 1", "\"format\": 2", "format 2"),
+            ("\"vmlinuz\"", "\"../vmlinuz\"", "outside"),
+            ("\"vmlinuz\"", "\"/etc/passwd\"", "outside"),
+            ("\"file\": \"initrd\"", "\"file\": \"..\"", "outside"),
+            ("\"size\": 6", "\"size\": -6", "image.json: "),
+        ] {
+            let (dir, _) = image();
+            let path = dir.path().join(FILE);
+            let good = std::fs::read_to_string(&path).unwrap();
+            std::fs::write(&path, good.replacen(from, to, 1)).unwrap();
+            let reason = Manifest::read(dir.path()).unwrap_err();
+            assert!(reason.contains(expected), "{from} -> {to}: {reason}");
+        }
+    }
+
+    #[test]
+    fn damage_to_a_file_is_seen() {
+        let (dir, manifest) = image();
+        let kernel = dir.path().join("vmlinuz");
+
+        std::fs::write(&kernel, b"kernEl").unwrap();
+        assert_eq!(manifest.check_sizes(dir.path()), Ok(()));
+        let reason = manifest.check_contents(dir.path()).unwrap_err();
+        assert!(reason.starts_with("vmlinuz has the SHA-256 "), "{reason}");
+
+        std::fs::write(&kernel, b"kern").unwrap();
+        let reason = manifest.check_sizes(dir.path()).unwrap_err();
+        assert_eq!(reason, "vmlinuz has 4 bytes instead of 6");
+
+        std::fs::remove_file(&kernel).unwrap();
+        assert!(manifest.check_sizes(dir.path()).is_err());
+    }
+}

@@ -1,0 +1,220 @@
+//! The image `mini`: the newest cloud kernel, and an initial RAM disk with
+//! busybox, the drivers that the board needs, and `init.sh`.
+//!
+//! It is made to boot fast on a slow processor. The RAM disk is not compressed,
+//! because the host copies bytes faster than the guest uncompresses them, and
+//! holds nothing but what is needed.
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::apt::{self, Apt, Deb};
+use crate::cache::Workshop;
+use crate::cpio::Tree;
+use crate::error::{Error, IoContext, Result};
+use crate::manifest::Contents;
+use crate::modules::{Modules, modules_dep};
+use crate::progress::Progress;
+
+pub(crate) const DESCRIPTION: &str = "Debian cloud kernel and busybox, in memory";
+
+/// Depends on the newest kernel package.
+const KERNEL_META_PACKAGE: &str = "linux-image-cloud-amd64";
+const BUSYBOX_PACKAGE: &str = "busybox-static";
+
+/// Drivers of the virtio devices that `init.sh` knows, and the file system of
+/// most disks. Those that a kernel has built in count as well.
+const MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_console",
+    "virtio_net",
+    "virtio_rng",
+    "ext4",
+];
+
+/// Each console byte is an exit, and there are many of them without `quiet`.
+const APPEND: &str = "console=ttyS0 quiet";
+
+const INIT: &str = include_str!("init.sh");
+const PROFILE: &str = "PS1='mini:\\w# '\n";
+
+const KERNEL_FILE: &str = "vmlinuz";
+const INITRD_FILE: &str = "initrd.cpio";
+
+/// Makes the files of the image in `dir`.
+pub(crate) fn build(
+    workshop: &Workshop,
+    dir: &Path,
+    progress: &mut dyn Progress,
+) -> Result<Contents> {
+    let debs = apt::fetch(workshop, progress, choose_packages)?;
+
+    progress.step("unpacking the packages", None);
+    let root = workshop.scratch.join("unpacked");
+    for deb in &debs {
+        deb.unpack(&root, workshop)?;
+    }
+    let kernel = Kernel::find(&root, &debs)?;
+    let busybox = Busybox::find(&root, &debs)?;
+
+    progress.step("packing the initial RAM disk", None);
+    let tree = initrd(&kernel, &busybox)?;
+    let path = dir.join(INITRD_FILE);
+    let mut file = BufWriter::new(File::create(&path).while_trying("create", &path)?);
+    tree.write(&mut file)
+        .and_then(|()| file.flush())
+        .while_trying("write", &path)?;
+    let path = dir.join(KERNEL_FILE);
+    fs::rename(&kernel.image, &path).while_trying("create", &path)?;
+
+    Ok(Contents {
+        kernel: KERNEL_FILE,
+        initrd: INITRD_FILE,
+        append: APPEND,
+        kernel_release: kernel.release,
+        packages: debs
+            .into_iter()
+            .map(|deb| (deb.package, deb.version))
+            .collect(),
+    })
+}
+
+/// The names of all packages that the image is made of.
+fn choose_packages(apt: &Apt) -> Result<Vec<String>> {
+    let kernel = apt
+        .dependencies(KERNEL_META_PACKAGE)?
+        .into_iter()
+        .find(|name| name.starts_with("linux-image-"))
+        .ok_or_else(|| Error::Package {
+            package: KERNEL_META_PACKAGE.to_owned(),
+            reason: "it does not depend on a kernel".to_owned(),
+        })?;
+    // From some release on, a kernel comes in several packages.
+    let parts = apt
+        .dependencies(&kernel)?
+        .into_iter()
+        .filter(|name| name.starts_with("linux-binary-") || name.starts_with("linux-modules-"));
+    let mut packages: Vec<String> = parts.collect();
+    packages.push(kernel);
+    packages.push(BUSYBOX_PACKAGE.to_owned());
+    Ok(packages)
+}
+
+/// An unpacked kernel.
+struct Kernel {
+    image: PathBuf,
+    release: String,
+    modules: Modules,
+}
+
+impl Kernel {
+    fn find(root: &Path, debs: &[Deb]) -> Result<Kernel> {
+        let package = title(debs, "linux-image-");
+        let missing = |what: &str| Error::Package {
+            package: package.clone(),
+            reason: format!("it has no {what}"),
+        };
+        let boot = root.join("boot");
+        let release = fs::read_dir(&boot)
+            .while_trying("read", &boot)?
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .find_map(|name| Some(name.strip_prefix("vmlinuz-")?.to_owned()))
+            .ok_or_else(|| missing("boot/vmlinuz-*"))?;
+        let modules =
+            find(root, &format!("lib/modules/{release}")).ok_or_else(|| missing("lib/modules"))?;
+        Ok(Kernel {
+            image: boot.join(format!("vmlinuz-{release}")),
+            modules: Modules::open(&modules, &package)?,
+            release,
+        })
+    }
+}
+
+/// An unpacked busybox.
+struct Busybox {
+    binary: Vec<u8>,
+    /// The names of the commands that it can be called by.
+    applets: Vec<String>,
+}
+
+impl Busybox {
+    fn find(root: &Path, debs: &[Deb]) -> Result<Busybox> {
+        let unexpected = |reason: String| Error::Package {
+            package: title(debs, BUSYBOX_PACKAGE),
+            reason,
+        };
+        let path = find(root, "bin/busybox")
+            .ok_or_else(|| unexpected("it has no bin/busybox".to_owned()))?;
+        // It is static, and the guest's architecture is the host's.
+        let list = Command::new(&path)
+            .arg("--list")
+            .output()
+            .while_trying("run", &path)?;
+        let applets: Vec<String> = String::from_utf8_lossy(&list.stdout)
+            .lines()
+            .filter(|name| !name.is_empty() && !name.contains('/') && *name != "busybox")
+            .map(str::to_owned)
+            .collect();
+        if !list.status.success() || !applets.iter().any(|name| name == "sh") {
+            return Err(unexpected(format!(
+                "{} --list does not work ({})",
+                path.display(),
+                list.status
+            )));
+        }
+        Ok(Busybox {
+            binary: fs::read(&path).while_trying("read", &path)?,
+            applets,
+        })
+    }
+}
+
+/// A path below `root`, which newer releases have below `usr`.
+fn find(root: &Path, path: &str) -> Option<PathBuf> {
+    [root.join(path), root.join("usr").join(path)]
+        .into_iter()
+        .find(|path| path.exists())
+}
+
+fn title(debs: &[Deb], prefix: &str) -> String {
+    debs.iter()
+        .find(|deb| deb.package.starts_with(prefix))
+        .map_or(prefix.to_owned(), Deb::title)
+}
+
+fn initrd(kernel: &Kernel, busybox: &Busybox) -> Result<Tree> {
+    let mut tree = Tree::default();
+    for dir in ["dev", "mnt", "proc", "root", "run", "sys", "tmp"] {
+        tree.dir(dir);
+    }
+    // What PID 1 starts with as its standard input and output.
+    tree.char_device("dev/console", 0o600, 5, 1);
+
+    tree.file("bin/busybox", 0o755, busybox.binary.clone());
+    for applet in &busybox.applets {
+        tree.symlink(&format!("bin/{applet}"), "busybox");
+    }
+    tree.symlink("sbin", "bin");
+    tree.symlink("usr/bin", "../bin");
+    tree.symlink("usr/sbin", "../bin");
+
+    tree.file("init", 0o755, INIT.into());
+    tree.file("etc/group", 0o644, "root:x:0:\n".into());
+    tree.file("etc/passwd", 0o644, "root::0:0:root:/root:/bin/sh\n".into());
+    tree.file("etc/profile", 0o644, PROFILE.into());
+
+    let dir = format!("lib/modules/{}", kernel.release);
+    let modules = kernel.modules.closure(MODULES)?;
+    tree.file(
+        &format!("{dir}/modules.dep"),
+        0o644,
+        modules_dep(&modules).into(),
+    );
+    for module in modules {
+        tree.file(&format!("{dir}/{}", module.path), 0o644, module.data);
+    }
+    Ok(tree)
+}
