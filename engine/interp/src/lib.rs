@@ -1,1 +1,42 @@
-//! lodger-interp
+//! The x86 interpreter: the reference engine. Every mode, every instruction, precise at every exit.
+//!
+//! Code is decoded once per block (a run of instructions within one guest-physical page) and executed from the
+//! decoded form. Clarity comes before speed, but the common instructions have specialised handlers.
+//!
+//! Where things are: [`run`] the loop, events and exits; [`block`] the cache of decoded code; [`decode`] from iced's
+//! instruction to an [`op::Op`]; [`memory`] segmentation, TLB and devices; `integer`, `flow`, `string` the common instructions;
+//! `rare` the dispatch of the others to `system`, `segment`, `transfer`, `task`, `legacy`, `fpu_state`; `native` those that run on the host;
+//! [`exception`] delivery through the IDT; [`vm`] what the vCPUs share.
+//!
+//! The specification is Intel's SDM; the AMD APM where the CPU model follows AMD.
+
+// UNSAFETY: guest RAM is accessed through raw pointers, and flags are computed by inline assembly.
+#![allow(unsafe_code)]
+#![allow(missing_docs)]
+
+mod alu;
+mod block;
+mod breakpoint;
+mod cpu;
+mod decode;
+mod exception;
+mod flow;
+mod fpu_state;
+mod integer;
+mod io;
+mod lapic;
+mod legacy;
+mod memory;
+mod native;
+mod op;
+mod rare;
+mod run;
+mod segment;
+mod string;
+mod system;
+mod task;
+mod transfer;
+mod vm;
+mod word;
+
+pub use vm::InterpEngine;
