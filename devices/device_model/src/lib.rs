@@ -8,11 +8,13 @@
 //! `save`; after `restore` comes `resume`. `restore` never raises an interrupt: lines are set with [`IrqLine::import`].
 
 mod irq;
+mod mistakes;
 mod saved;
 
 use lodger_address_space::BusTarget;
 
 pub use irq::{IrqLine, IrqSink, Msi, MsiTarget};
+pub use mistakes::GuestMistakes;
 pub use saved::{Payload, RestoreError};
 
 /// A device of a machine.
