@@ -9,10 +9,13 @@
 //! device that drives it.
 
 mod alarm;
+mod pic;
+mod pic8259;
 mod uart;
 mod uart16550;
 
 #[cfg(test)]
 mod testing;
 
+pub use pic::{PIC_ELCR_PORT, PIC_LEN, PIC_MASTER_PORT, PIC_SLAVE_PORT, Pic};
 pub use uart::{ByteSink, UART_LEN, UART_PORTS, Uart, UartConfig};
