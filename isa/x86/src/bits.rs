@@ -78,6 +78,8 @@ pub mod efer {
     pub const LME: u64 = 1 << 8;
     pub const LMA: u64 = 1 << 10;
     pub const NXE: u64 = 1 << 11;
+    /// Automatic IBRS (APM vol. 2, 3.1.7).
+    pub const AIBRSE: u64 = 1 << 21;
 }
 
 /// XCR0 (SDM vol. 1, 13.3).

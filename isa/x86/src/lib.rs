@@ -12,7 +12,7 @@ pub mod paging;
 pub mod segment;
 pub mod state;
 
-pub use cpu_model::{CpuModel, CpuidContext, CpuidLeaf};
+pub use cpu_model::{CpuModel, CpuidContext, CpuidLeaf, HostFeatures};
 pub use exception::{Exception, Vector};
 pub use lapic_state::{ApicMode, LapicState};
 pub use segment::{DescriptorTable, Segment, SegmentRegister};
