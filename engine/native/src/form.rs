@@ -236,8 +236,8 @@ impl Form {
         let x87 = (is_x87 || has_mmx || code == Code::Emms) && !ignores_x87;
         let class = match () {
             () if is_x87 => Class::X87,
-            () if !vectors.is_empty() && legacy => Class::Sse,
-            () if !vectors.is_empty() => Class::Avx,
+            () if kinds().any(is_xmm) && legacy => Class::Sse,
+            () if kinds().any(is_xmm) || kinds().any(is_ymm) => Class::Avx,
             () if x87 => Class::Mmx,
             () => Class::Gpr,
         };
@@ -326,6 +326,14 @@ fn writes(access: OpAccess) -> bool {
 fn is_mmx(kind: OpCodeOperandKind) -> bool {
     use OpCodeOperandKind as K;
     matches!(kind, K::mm_reg | K::mm_rm | K::mm_or_mem)
+}
+
+fn is_xmm(kind: OpCodeOperandKind) -> bool {
+    use OpCodeOperandKind as K;
+    matches!(
+        kind,
+        K::xmm_reg | K::xmm_rm | K::xmm_or_mem | K::xmm_vvvv | K::xmm_is4
+    )
 }
 
 fn is_ymm(kind: OpCodeOperandKind) -> bool {

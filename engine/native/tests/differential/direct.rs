@@ -101,22 +101,31 @@ impl Direct {
         }
     }
 
+    /// The address of [`Machine::memory`] while an instruction runs.
+    pub fn memory_address(&self) -> u64 {
+        // SAFETY: only an address is computed.
+        unsafe { &raw const (*self.arena).machine.memory as u64 }
+    }
+
     /// Generates code for `instruction`, its memory operand `offset` bytes into [`Machine::memory`].
     pub fn prepare(&mut self, instruction: &Instruction, offset: usize) -> Prepared {
         let mut instruction = *instruction;
         if (0..instruction.op_count()).any(|i| instruction.op_kind(i) == OpKind::Memory) {
-            // SAFETY: only an address is computed.
-            let at = unsafe { &raw const (*self.arena).machine.memory } as u64 + offset as u64;
             instruction.set_memory_base(Register::None);
             instruction.set_memory_index(Register::None);
             instruction.set_memory_index_scale(1);
             instruction.set_memory_displ_size(8);
-            instruction.set_memory_displacement64(at);
+            instruction.set_memory_displacement64(self.memory_address() + offset as u64);
             instruction.set_segment_prefix(Register::None);
         }
+        self.prepare_as_is(&instruction)
+    }
+
+    /// Generates code for `instruction` with its own addressing.
+    pub fn prepare_as_is(&mut self, instruction: &Instruction) -> Prepared {
         let code_at = self.arena as u64 + CODE_AT as u64;
         let (code, resume) =
-            generate(&instruction, self.arena, code_at).expect("the instruction can be encoded");
+            generate(instruction, self.arena, code_at).expect("the instruction can be encoded");
         // SAFETY: the code fits behind the arena's data, and nothing runs there now.
         unsafe {
             let target = (self.arena as *mut u8).add(CODE_AT);
