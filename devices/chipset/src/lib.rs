@@ -11,6 +11,9 @@
 mod alarm;
 mod pic;
 mod pic8259;
+mod pit;
+mod pit8254;
+mod rate;
 mod uart;
 mod uart16550;
 
@@ -18,4 +21,5 @@ mod uart16550;
 mod testing;
 
 pub use pic::{PIC_ELCR_PORT, PIC_LEN, PIC_MASTER_PORT, PIC_SLAVE_PORT, Pic};
+pub use pit::{PIT_HZ, PIT_IRQ, PIT_LEN, PIT_PORT, PORT_B, Pit};
 pub use uart::{ByteSink, UART_LEN, UART_PORTS, Uart, UartConfig};
