@@ -237,17 +237,28 @@ struct BarTarget {
 impl BusTarget for BarTarget {
     fn read(&self, offset: u64, data: &mut [u8]) {
         match self.device.upgrade() {
-            Some(d) if d.endpoint().msix_read(self.bar, offset, data) => {}
-            Some(d) => d.bar_read(self.bar, offset, data),
+            Some(d) => bar_read(&*d, self.bar, offset, data),
             None => data.fill(0xff),
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if let Some(d) = self.device.upgrade()
-            && !d.endpoint().msix_write(self.bar, offset, data)
-        {
-            d.bar_write(self.bar, offset, data);
+        if let Some(d) = self.device.upgrade() {
+            bar_write(&*d, self.bar, offset, data);
         }
+    }
+}
+
+/// Reads at `offset` of base address register `bar`, be it MSI-X structure or the device's own register.
+pub fn bar_read(device: &dyn PciDevice, bar: usize, offset: u64, data: &mut [u8]) {
+    if !device.endpoint().msix_read(bar, offset, data) {
+        device.bar_read(bar, offset, data);
+    }
+}
+
+/// Writes; see [`bar_read`].
+pub fn bar_write(device: &dyn PciDevice, bar: usize, offset: u64, data: &[u8]) {
+    if !device.endpoint().msix_write(bar, offset, data) {
+        device.bar_write(bar, offset, data);
     }
 }

@@ -418,7 +418,7 @@ fn random_accesses_do_no_harm() {
             2 => 0xc000_0000 + random() % 0x10000,
             _ => random(),
         };
-        let len = 1 << (r >> 4) % 4;
+        let len = 1 << ((r >> 4) % 4);
         let mut data = random().to_le_bytes();
         let bus = if r & 1 << 20 == 0 {
             &m.space.mmio
