@@ -9,6 +9,9 @@
 //! device that drives it.
 
 mod alarm;
+mod dwords;
+mod ioapic;
+mod ioapic82093;
 mod pic;
 mod pic8259;
 mod pit;
@@ -20,6 +23,7 @@ mod uart16550;
 #[cfg(test)]
 mod testing;
 
+pub use ioapic::{IOAPIC_BASE, IOAPIC_LEN, IOAPIC_PINS, Ioapic, IoapicConfig};
 pub use pic::{PIC_ELCR_PORT, PIC_LEN, PIC_MASTER_PORT, PIC_SLAVE_PORT, Pic};
 pub use pit::{PIT_HZ, PIT_IRQ, PIT_LEN, PIT_PORT, PORT_B, Pit};
 pub use uart::{ByteSink, UART_LEN, UART_PORTS, Uart, UartConfig};
