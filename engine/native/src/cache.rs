@@ -42,7 +42,7 @@ pub struct Native {
     /// The memory operand.
     pub mem: MemUse,
     /// The operand's linear address must be a multiple of this, else #GP(0).
-    pub align: Option<u32>,
+    pub align: Option<u8>,
     /// Which control registers decide whether the guest may execute it.
     pub class: Class,
     /// VEX-encoded: #UD in real and virtual-8086 mode.
@@ -135,10 +135,7 @@ impl Native {
         }
         // Only a store whose result is inexact has stored it when an unmasked exception is raised.
         const PRECISION: u16 = 0x20;
-        if self.waits_x87
-            && matches!(self.mem, MemUse::Write(_))
-            && state.x87_unmasked() & !PRECISION != 0
-        {
+        if self.waits_x87 && self.mem.write() != 0 && state.x87_unmasked() & !PRECISION != 0 {
             return Outcome::NotStored;
         }
         Outcome::Done

@@ -31,9 +31,29 @@ pub enum MemUse {
     /// No memory is accessed.
     None,
     /// So many bytes are read.
-    Read(usize),
+    Read(u8),
     /// So many bytes are written.
-    Write(usize),
+    Write(u8),
+}
+
+impl MemUse {
+    /// Bytes to put into the staging area first; 0 if the operand is not read.
+    #[inline]
+    pub fn read(self) -> usize {
+        match self {
+            Self::Read(size) => size.into(),
+            Self::None | Self::Write(_) => 0,
+        }
+    }
+
+    /// Bytes to take from the staging area afterwards; 0 if the operand is not written.
+    #[inline]
+    pub fn write(self) -> usize {
+        match self {
+            Self::Write(size) => size.into(),
+            Self::None | Self::Read(_) => 0,
+        }
+    }
 }
 
 /// A guest general-purpose register and the host register that stands for it.
@@ -77,7 +97,7 @@ pub(crate) struct Form {
     pub(crate) class: Class,
     pub(crate) vex: bool,
     pub(crate) mem: MemUse,
-    pub(crate) align: Option<u32>,
+    pub(crate) align: Option<u8>,
 }
 
 /// What `instruction` is to this module.
@@ -218,7 +238,7 @@ impl Form {
         let mem = match memory_operand(&instruction) {
             None => MemUse::None,
             Some(operand) => {
-                let size = instruction.memory_size().size();
+                let size = instruction.memory_size().size() as u8;
                 match info.op_access(operand) {
                     OpAccess::Read | OpAccess::CondRead => MemUse::Read(size),
                     OpAccess::Write | OpAccess::CondWrite => MemUse::Write(size),
@@ -386,10 +406,10 @@ fn is_x87_control(code: Code) -> bool {
 }
 
 /// The alignment without which the memory operand raises #GP.
-fn alignment(instruction: &Instruction, class: Class, mem: MemUse) -> Option<u32> {
+fn alignment(instruction: &Instruction, class: Class, mem: MemUse) -> Option<u8> {
     use Mnemonic as M;
     let size = match mem {
-        MemUse::Read(size) | MemUse::Write(size) => size as u32,
+        MemUse::Read(size) | MemUse::Write(size) => size,
         MemUse::None => return None,
     };
     let aligned = match (class, instruction.mnemonic()) {
