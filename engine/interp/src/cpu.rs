@@ -298,6 +298,7 @@ impl Cpu {
         } else {
             0xffff
         };
+        self.blocks.set_mode(self.code, self.cpl == 3);
         self.update_segments();
         self.update_privilege();
     }

@@ -32,6 +32,7 @@ mod op;
 mod rare;
 mod run;
 mod segment;
+mod stack;
 mod string;
 mod system;
 mod task;

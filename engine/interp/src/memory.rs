@@ -159,8 +159,8 @@ impl Cpu {
         }
         // A device register, or a page-crossing operand. All pages are checked for writing first.
         self.check_write(linear, T::SIZE, segment)?;
-        let alone = lock.then(|| self.vm.clone());
-        let _world = alone.as_ref().map(|vm| vm.stop_others(self));
+        let vm = self.vm.clone();
+        let _world = lock.then(|| self.stop_others(&vm));
         let (new, result) = update(self.read_slow(linear, segment)?);
         self.write_slow(linear, segment, new)?;
         Ok(result)

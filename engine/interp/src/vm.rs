@@ -1,1 +1,313 @@
-//! What the vCPUs of one VM share: RAM, the clock, mailboxes, and stopping each other.
+//! The engine, and what the vCPUs of one VM share: RAM, the clock, mailboxes, and the means to stop each other.
+//!
+//! A vCPU is *executing* while it may touch guest memory through its TLB. Requests to other vCPUs are bits in a word
+//! that each looks at before every block. Two of them are waited for:
+//! * `PROTECT`: a page has become code; drop the right to write to it without reporting. The sender goes on when the
+//!   receiver has done so or is not executing; a vCPU that starts executing serves its requests first.
+//! * `PARK`: stop executing until the sender has finished something that must look atomic (a locked access
+//!   across pages).
+//!
+//! Both sides order "set my flag, then look at the other's" with sequential consistency, so one of them sees the other.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+use lodger_clock::SharedClock;
+use lodger_lapic::{Address, Ipi};
+use lodger_softmmu::Ram;
+use lodger_vcpu::{Capabilities, Engine, EngineError, EngineVm, Kick, Vcpu, VmConfig};
+use lodger_x86::{CpuModel, CpuidContext};
+
+use crate::cpu::Cpu;
+use crate::run::InterpVcpu;
+
+/// Request bits of a vCPU.
+pub mod request {
+    /// Leave `run`.
+    pub const KICK: u32 = 1;
+    /// The mailbox holds interrupt messages.
+    pub const MAIL: u32 = 2;
+    /// Pages are to be write-protected.
+    pub const PROTECT: u32 = 4;
+    /// Wait until the world may go on.
+    pub const PARK: u32 = 8;
+    /// An interrupt line changed.
+    pub const LOOK: u32 = 16;
+}
+
+/// vCPUs of one VM, at most: APIC IDs below the broadcast address, with room for the IOAPIC.
+const MAX_VCPUS: u32 = 64;
+
+/// The interpreter as an engine.
+#[derive(Debug, Default)]
+pub struct InterpEngine;
+
+impl Engine for InterpEngine {
+    fn name(&self) -> &'static str {
+        "interp"
+    }
+
+    fn probe(&self) -> Result<Capabilities, EngineError> {
+        Ok(Capabilities {
+            exact_ticks: true,
+            dirty_log: true,
+            max_vcpus: MAX_VCPUS,
+            stock_guests: true,
+        })
+    }
+
+    fn create_vm(&self, config: VmConfig) -> Result<Arc<dyn EngineVm>, EngineError> {
+        if !(1..=MAX_VCPUS).contains(&config.vcpus) {
+            return Err(EngineError::Unusable {
+                engine: self.name(),
+                why: format!("{} vCPUs were asked for, it has 1 to {MAX_VCPUS}", config.vcpus),
+            });
+        }
+        Ok(Arc::new(InterpVm(Arc::new(VmShared::new(config)))))
+    }
+}
+
+struct InterpVm(Arc<VmShared>);
+
+impl EngineVm for InterpVm {
+    fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, EngineError> {
+        Ok(Box::new(InterpVcpu::new(index, Arc::clone(&self.0))?))
+    }
+
+    fn send_msi(&self, address: u64, data: u32) {
+        if let Some(ipi) = Ipi::from_msi(address, data) {
+            self.0.send(ipi, None);
+        }
+    }
+
+    fn set_intr(&self, level: bool) {
+        self.0.intr.store(level, SeqCst);
+        if level {
+            self.0.vcpus[0].request(request::LOOK);
+        }
+    }
+}
+
+/// What the vCPUs of one VM share.
+pub struct VmShared {
+    pub ram: Ram,
+    pub clock: SharedClock,
+    pub model: Arc<CpuModel>,
+    /// Physical address bits (CPUID 8000_0008h).
+    pub physical_bits: u32,
+    /// Control register bits that the model has.
+    pub cr4_bits: u64,
+    pub xcr0_bits: u64,
+    pub efer_bits: u64,
+    /// The 8259's INTR output.
+    pub intr: AtomicBool,
+    pub vcpus: Vec<Mailbox>,
+    /// Held by the vCPU for which the others stand still.
+    world: Mutex<()>,
+}
+
+/// What other threads see of a vCPU.
+pub struct Mailbox {
+    pub requests: AtomicU32,
+    executing: AtomicBool,
+    messages: Mutex<Vec<Ipi>>,
+    protect: Mutex<Protect>,
+    /// How many protections have been carried out.
+    protected: AtomicU64,
+    /// The local APIC's [`Address`].
+    pub address: AtomicU64,
+    asleep: Mutex<()>,
+    wake: Condvar,
+}
+
+#[derive(Default)]
+struct Protect {
+    pages: Vec<u64>,
+    /// How many protections have ever been asked for.
+    asked: u64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("a vCPU thread panicked")
+}
+
+impl VmShared {
+    fn new(config: VmConfig) -> VmShared {
+        let [size, ..] = config
+            .model
+            .lookup(0x8000_0008, 0, &CpuidContext::default());
+        VmShared {
+            ram: Ram::new(&config.memory),
+            clock: config.clock,
+            physical_bits: (size & 0xff).clamp(32, 52),
+            cr4_bits: config.model.cr4_bits(),
+            xcr0_bits: config.model.xcr0_bits(),
+            efer_bits: config.model.efer_bits(),
+            model: config.model,
+            intr: AtomicBool::new(false),
+            vcpus: (0..config.vcpus).map(|_| Mailbox::new()).collect(),
+            world: Mutex::new(()),
+        }
+    }
+
+    /// Delivers an interrupt message; `sender`: the vCPU that sent it.
+    pub fn send(&self, ipi: Ipi, sender: Option<u32>) {
+        let addresses: Vec<Address> = self
+            .vcpus
+            .iter()
+            .map(|v| Address::from_bits(v.address.load(SeqCst)))
+            .collect();
+        for target in ipi.targets(&addresses, sender.map(|s| s as usize)) {
+            lock(&self.vcpus[target].messages).push(ipi);
+            self.vcpus[target].request(request::MAIL);
+        }
+    }
+}
+
+impl Mailbox {
+    fn new() -> Mailbox {
+        Mailbox {
+            requests: AtomicU32::new(0),
+            executing: AtomicBool::new(false),
+            messages: Mutex::new(Vec::new()),
+            protect: Mutex::new(Protect::default()),
+            protected: AtomicU64::new(0),
+            address: AtomicU64::new(0),
+            asleep: Mutex::new(()),
+            wake: Condvar::new(),
+        }
+    }
+
+    /// Sets request bits and wakes the vCPU if it sleeps.
+    pub fn request(&self, bits: u32) {
+        let old = self.requests.fetch_or(bits, SeqCst);
+        if old & bits != bits {
+            drop(lock(&self.asleep));
+            self.wake.notify_all();
+        }
+    }
+
+    /// Takes the messages that have arrived.
+    pub fn take_messages(&self) -> Vec<Ipi> {
+        self.requests.fetch_and(!request::MAIL, SeqCst);
+        std::mem::take(&mut *lock(&self.messages))
+    }
+
+    /// Sleeps until there is a request or `timeout` has passed.
+    pub fn sleep(&self, timeout: Option<Duration>) {
+        let guard = lock(&self.asleep);
+        if self.requests.load(SeqCst) != 0 {
+            return;
+        }
+        match timeout {
+            None => drop(self.wake.wait(guard)),
+            Some(t) => drop(self.wake.wait_timeout(guard, t)),
+        }
+    }
+}
+
+impl Kick for Handle {
+    fn kick(&self) {
+        self.vm.vcpus[self.index as usize].request(request::KICK);
+    }
+}
+
+/// A vCPU as other threads hold it.
+pub struct Handle {
+    pub vm: Arc<VmShared>,
+    pub index: u32,
+}
+
+/// All other vCPUs stand still as long as this exists.
+pub struct World<'a> {
+    vm: &'a VmShared,
+    index: u32,
+    _alone: MutexGuard<'a, ()>,
+}
+
+impl Drop for World<'_> {
+    fn drop(&mut self) {
+        for (i, other) in self.vm.vcpus.iter().enumerate() {
+            if i != self.index as usize {
+                other.requests.fetch_and(!request::PARK, SeqCst);
+            }
+        }
+    }
+}
+
+impl Cpu {
+    fn mailbox(&self) -> &Mailbox {
+        &self.vm.vcpus[self.index as usize]
+    }
+
+    /// Begins or ends touching guest memory.
+    pub fn set_executing(&self, executing: bool) {
+        self.mailbox().executing.store(executing, SeqCst);
+    }
+
+    /// Serves the requests that others wait for. Called before guest memory is touched after a pause, and while waiting.
+    pub fn serve_others(&mut self) {
+        let vm = Arc::clone(&self.vm);
+        let me = &vm.vcpus[self.index as usize];
+        if me.requests.load(SeqCst) & request::PARK != 0 {
+            me.executing.store(false, SeqCst);
+            drop(lock(&vm.world));
+            // The bit is cleared by whoever set it, before the lock is released.
+            me.executing.store(true, SeqCst);
+        }
+        if me.requests.load(SeqCst) & request::PROTECT != 0 {
+            let mut protect = lock(&me.protect);
+            me.requests.fetch_and(!request::PROTECT, SeqCst);
+            for page in protect.pages.drain(..) {
+                self.tlb.protect(page);
+            }
+            me.protected.store(protect.asked, SeqCst);
+        }
+    }
+
+    /// Takes from every vCPU the right to write to guest-physical `page` without reporting.
+    pub fn protect_everywhere(&mut self, page: u64) {
+        self.tlb.protect(page);
+        let vm = Arc::clone(&self.vm);
+        for (i, other) in vm.vcpus.iter().enumerate() {
+            if i == self.index as usize {
+                continue;
+            }
+            let ticket = {
+                let mut protect = lock(&other.protect);
+                protect.pages.push(page);
+                protect.asked += 1;
+                protect.asked
+            };
+            other.requests.fetch_or(request::PROTECT, SeqCst);
+            while other.executing.load(SeqCst) && other.protected.load(SeqCst) < ticket {
+                self.serve_others();
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// Stops all other vCPUs until the result is dropped.
+    pub fn stop_others<'a>(&mut self, vm: &'a VmShared) -> World<'a> {
+        self.set_executing(false);
+        let alone = lock(&vm.world);
+        self.set_executing(true);
+        for (i, other) in vm.vcpus.iter().enumerate() {
+            if i != self.index as usize {
+                other.requests.fetch_or(request::PARK, SeqCst);
+                while other.executing.load(SeqCst) {
+                    std::thread::yield_now();
+                }
+            }
+        }
+        let world = World {
+            vm,
+            index: self.index,
+            _alone: alone,
+        };
+        // What was asked while this vCPU waited.
+        self.serve_others();
+        world
+    }
+}

@@ -1,0 +1,551 @@
+//! The loop: blocks, events between them, and the ways out.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
+
+use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
+use lodger_lapic::{Ipi, IpiMode, Lapic};
+use lodger_native::{NativeState, StubCache};
+use lodger_softmmu::{MmuIndex, Tlb};
+use lodger_vcpu::{EngineError, Entry, Exit, Kick, Vcpu};
+use lodger_x86::bits::{RFlags, dr6};
+use lodger_x86::{Activity, CpuState, Exception, LapicState, Segment, Vector};
+
+use crate::block::{Block, BlockCache};
+use crate::breakpoint::Watch;
+use crate::cpu::{CodeSize, Cpu, Event, Exec, RIP, Stop};
+use crate::io::IoReplay;
+use crate::vm::{Handle, VmShared, request};
+
+/// Instructions between two looks at the clock: some tens of microseconds.
+const CLOCK_INTERVAL: u64 = 4096;
+/// Blocks that a crash report looks back.
+const HISTORY: usize = 8;
+
+/// An interpreted vCPU behind the engine seam.
+pub struct InterpVcpu {
+    cpu: Box<Cpu>,
+    /// The I/O that the entry must complete.
+    pending: Option<Exit>,
+    /// Linear addresses and modes of the latest blocks.
+    history: [(u64, CodeSize); HISTORY],
+    position: usize,
+}
+
+impl InterpVcpu {
+    pub(crate) fn new(index: u32, vm: Arc<VmShared>) -> Result<InterpVcpu, EngineError> {
+        let stubs = StubCache::new().map_err(|source| EngineError::Host {
+            what: "cannot get executable memory for native instructions".into(),
+            source,
+        })?;
+        let state = CpuState::reset(index, vm.model.signature());
+        let cpu = Cpu {
+            regs: [0; 32],
+            flags: 2,
+            bases: [0; 8],
+            flat: [0; 8],
+            segments: [Segment::default(); 6],
+            ldtr: Segment::default(),
+            tr: Segment::default(),
+            gdtr: Default::default(),
+            idtr: Default::default(),
+            cr0: 0,
+            cr2: 0,
+            cr3: 0,
+            cr4: 0,
+            efer: 0,
+            xcr0: 1,
+            pdptes: [0; 4],
+            dr: [0; 4],
+            dr6: 0,
+            dr7: 0,
+            msrs: Default::default(),
+            native: Box::new(NativeState::new()),
+            stubs,
+            lapic: Lapic::new(LapicState::reset(index, index == 0)),
+            tsc_base: 0,
+            activity: Activity::Running,
+            nmi_pending: false,
+            nmi_blocked: false,
+            shadow: false,
+            cpl: 0,
+            code: CodeSize::Bits16,
+            stack_mask: 0xffff,
+            mmu: MmuIndex::Kernel,
+            watch: Watch::default(),
+            tlb: Tlb::new(),
+            blocks: BlockCache::new(vm.vcpus.len()),
+            fault: Exception::UD,
+            exit: None,
+            io: IoReplay::default(),
+            delivering: None,
+            debug_trap: 0,
+            eoi: None,
+            check_events: true,
+            code_written: false,
+            ticks: 0,
+            tick_limit: None,
+            next_check: 0,
+            index,
+            vm,
+        };
+        let mut vcpu = InterpVcpu {
+            cpu: Box::new(cpu),
+            pending: None,
+            history: [(0, CodeSize::Bits16); HISTORY],
+            position: 0,
+        };
+        vcpu.cpu.load_state(&state);
+        Ok(vcpu)
+    }
+
+    /// Runs blocks until there is an exit.
+    fn execute(&mut self) -> Exit {
+        loop {
+            let c = &mut *self.cpu;
+            let requests = c.vm.vcpus[c.index as usize].requests.load(SeqCst);
+            if (requests != 0 || c.check_events || c.ticks >= c.next_check)
+                && let Some(exit) = c.attend(requests)
+            {
+                return exit;
+            }
+            let block = match c.block() {
+                Ok(block) => block,
+                Err(stop) => {
+                    if let Some(exit) = c.after(stop) {
+                        return exit;
+                    }
+                    continue;
+                }
+            };
+            // SAFETY: a block lives until the next call of `block`.
+            let block = unsafe { &*block };
+            self.history[self.position % HISTORY] = (block.linear, c.code);
+            self.position += 1;
+            let stepping = c.shadow
+                || c.flags & (RFlags::TF | RFlags::RF).bits() != 0
+                || c.watch.any()
+                || c.io.is_active();
+            let stop = if stepping {
+                c.step(block)
+            } else {
+                c.run_block(block)
+            };
+            if let Err(stop) = stop
+                && let Some(exit) = c.after(stop)
+            {
+                return exit;
+            }
+        }
+    }
+}
+
+impl Cpu {
+    /// Executes a block, as far as the tick limit allows.
+    #[inline(always)]
+    fn run_block(&mut self, block: &Block) -> Exec {
+        let most = (self.next_check - self.ticks).min(block.ops.len() as u64);
+        for (i, op) in block.ops[..most as usize].iter().enumerate() {
+            self.regs[RIP as usize] = self.regs[RIP as usize].wrapping_add(u64::from(op.len));
+            if let Err(stop) = (op.run)(self, op) {
+                self.ticks += i as u64;
+                match stop {
+                    Stop::EndBlock => self.ticks += 1,
+                    _ => self.undo_rip(op.len),
+                }
+                return Err(stop);
+            }
+            if self.code_written {
+                // The rest of the block may be outdated.
+                self.code_written = false;
+                self.ticks += i as u64 + 1;
+                return Ok(());
+            }
+        }
+        self.ticks += most;
+        Ok(())
+    }
+
+    fn undo_rip(&mut self, len: u8) {
+        self.regs[RIP as usize] = self.regs[RIP as usize].wrapping_sub(u64::from(len));
+    }
+
+    /// Executes the first instruction of a block with all that may have to be done around one: breakpoints, traps, the end of
+    /// an interrupt shadow and of a repeated I/O.
+    fn step(&mut self, block: &Block) -> Exec {
+        let trap = self.flag(RFlags::TF);
+        // An IRET that sets RF means the next instruction.
+        let resume = self.flag(RFlags::RF);
+        if self.dr7 & 0xff != 0 && !self.flag(RFlags::RF) {
+            let hit = self.code_breakpoints(self.code_address());
+            if hit != 0 {
+                self.dr6 = self.dr6 & !0xf | hit;
+                return self.raise(Exception::plain(Vector::Debug));
+            }
+        }
+        let op = &block.ops[0];
+        self.shadow = false;
+        self.code_written = false;
+        self.regs[RIP as usize] = self.regs[RIP as usize].wrapping_add(u64::from(op.len));
+        let result = (op.run)(self, op);
+        match result {
+            Ok(()) | Err(Stop::EndBlock) => {
+                self.ticks += 1;
+                self.io.clear();
+                if resume {
+                    self.flags &= !RFlags::RF.bits();
+                }
+            }
+            Err(stop) => {
+                self.undo_rip(op.len);
+                if stop != Stop::Again {
+                    return Err(stop);
+                }
+            }
+        }
+        self.check_events = true;
+        if trap {
+            self.debug_trap |= dr6::BS;
+        }
+        if self.debug_trap != 0 {
+            self.dr6 |= std::mem::take(&mut self.debug_trap);
+            // A trap: RIP is past the instruction.
+            self.delivering = Some(Event::Exception(Exception::plain(Vector::Debug)));
+        }
+        Ok(())
+    }
+
+    /// What follows from how an instruction ended. `Some`: leave.
+    #[cold]
+    fn after(&mut self, stop: Stop) -> Option<Exit> {
+        match stop {
+            Stop::EndBlock | Stop::Again => {}
+            Stop::Fault => {
+                self.io.clear();
+                self.debug_trap = 0;
+                self.delivering = Some(Event::Exception(self.fault));
+            }
+            Stop::Io => return Some(self.exit.take().expect("set with Stop::Io")),
+        }
+        if self.delivering.is_some() {
+            self.check_events = true;
+        }
+        None
+    }
+
+    /// Everything that is looked at between blocks: requests of other threads, time, limits, events. `Some`: leave.
+    #[cold]
+    #[inline(never)]
+    fn attend(&mut self, requests: u32) -> Option<Exit> {
+        self.check_events = false;
+        if requests & (request::PARK | request::PROTECT) != 0 {
+            self.serve_others();
+        }
+        let vm = Arc::clone(&self.vm);
+        let mailbox = &vm.vcpus[self.index as usize];
+        if requests & request::KICK != 0 {
+            mailbox.requests.fetch_and(!request::KICK, SeqCst);
+            self.check_events = true;
+            return Some(Exit::Kicked);
+        }
+        if requests & request::MAIL != 0 {
+            for ipi in mailbox.take_messages() {
+                self.receive(ipi);
+            }
+        }
+        if requests & request::LOOK != 0 {
+            mailbox.requests.fetch_and(!request::LOOK, SeqCst);
+        }
+        if self.delivering.is_none() && self.tick_limit.is_some_and(|limit| self.ticks >= limit) {
+            self.check_events = true;
+            return Some(Exit::TickLimit);
+        }
+        self.lapic_timer();
+        let next = self.ticks + CLOCK_INTERVAL;
+        self.next_check = self.tick_limit.map_or(next, |limit| next.min(limit.max(self.ticks + 1)));
+        if let Some(vector) = self.eoi.take() {
+            self.check_events = true;
+            return Some(Exit::Eoi(vector));
+        }
+        if self.io.is_active() {
+            // In the middle of an instruction (or of a delivery, which goes on below).
+            self.delivering?;
+        }
+        if let Some(event) = self.delivering {
+            return self.deliver_fully(event);
+        }
+        match self.activity {
+            Activity::Shutdown => return Some(Exit::Shutdown),
+            Activity::WaitForSipi => return self.sleep(),
+            Activity::Halted if !self.wakes() => return self.sleep(),
+            Activity::Halted | Activity::Running => {}
+        }
+        self.take_interrupt()
+    }
+
+    /// Whether something ends HLT.
+    fn wakes(&self) -> bool {
+        let interrupt = self.lapic.pending().is_some() || self.extint();
+        self.nmi_pending && !self.nmi_blocked || interrupt && self.flag(RFlags::IF)
+    }
+
+    /// The 8259 interrupts this vCPU.
+    fn extint(&self) -> bool {
+        self.index == 0 && self.vm.intr.load(SeqCst) && self.lapic.takes_extint()
+    }
+
+    /// Takes an NMI or an interrupt if there is one and it may be taken.
+    fn take_interrupt(&mut self) -> Option<Exit> {
+        if self.shadow {
+            // One instruction first; then look again.
+            return None;
+        }
+        if self.nmi_pending && !self.nmi_blocked {
+            self.nmi_pending = false;
+            self.activity = Activity::Running;
+            return self.deliver_fully(Event::Nmi);
+        }
+        if !self.flag(RFlags::IF) {
+            return None;
+        }
+        if self.extint() {
+            self.activity = Activity::Running;
+            return Some(Exit::InterruptAcknowledge);
+        }
+        if let Some(vector) = self.lapic.acknowledge() {
+            self.activity = Activity::Running;
+            return self.deliver_fully(Event::External(vector));
+        }
+        None
+    }
+
+    /// Delivers an event, and what goes wrong with it, until an instruction can be executed again.
+    fn deliver_fully(&mut self, mut event: Event) -> Option<Exit> {
+        loop {
+            self.delivering = Some(event);
+            match self.deliver(event) {
+                Ok(()) | Err(Stop::EndBlock | Stop::Again) => break,
+                Err(Stop::Io) => {
+                    self.check_events = true;
+                    return Some(self.exit.take().expect("set with Stop::Io"));
+                }
+                Err(Stop::Fault) => {
+                    self.io.clear();
+                    let combined = match event {
+                        Event::Exception(first) => Exception::combine(first.vector, self.fault),
+                        _ => Some(self.fault),
+                    };
+                    match combined {
+                        Some(next) => event = Event::Exception(next),
+                        None => {
+                            self.delivering = None;
+                            self.activity = Activity::Shutdown;
+                            return Some(Exit::Shutdown);
+                        }
+                    }
+                }
+            }
+        }
+        self.delivering = None;
+        self.io.clear();
+        self.debug_trap = 0;
+        self.check_events = true;
+        None
+    }
+
+    /// Waits for a request or the timer.
+    fn sleep(&mut self) -> Option<Exit> {
+        let deadline = match self.activity {
+            Activity::Halted => self.timer_deadline(),
+            _ => None,
+        };
+        let timeout = deadline
+            .map(|d| Duration::from_nanos(d.saturating_sub(self.vm.clock.now()).min(1 << 40)));
+        self.check_events = true;
+        if timeout != Some(Duration::ZERO) {
+            self.set_executing(false);
+            self.vm.vcpus[self.index as usize].sleep(timeout);
+            self.set_executing(true);
+            self.serve_others();
+        }
+        // Around again: the loop looks at requests and the timer.
+        let requests = self.vm.vcpus[self.index as usize].requests.load(SeqCst);
+        self.attend(requests)
+    }
+
+    /// An interrupt message arrived.
+    fn receive(&mut self, ipi: Ipi) {
+        match ipi.mode {
+            IpiMode::Fixed | IpiMode::LowestPriority => self.lapic.accept(ipi.vector, ipi.level),
+            IpiMode::Nmi => self.nmi_pending = true,
+            IpiMode::Init => {
+                let state = self.save_state().after_init(self.vm.model.signature());
+                self.load_state(&state);
+                if self.index == 0 {
+                    // The bootstrap processor starts at the reset vector.
+                    self.activity = Activity::Running;
+                }
+            }
+            IpiMode::StartUp => {
+                if self.activity == Activity::WaitForSipi {
+                    let mut state = self.save_state();
+                    state.start_up(ipi.vector);
+                    self.load_state(&state);
+                }
+            }
+        }
+        self.check_events = true;
+    }
+
+    /// Takes a whole state.
+    pub fn load_state(&mut self, state: &CpuState) {
+        self.regs[..16].copy_from_slice(&state.gpr);
+        self.set_rip(state.rip);
+        self.flags = state.rflags & 0x3f_7fd7 | 2;
+        self.segments = state.segments;
+        (self.ldtr, self.tr) = (state.ldtr, state.tr);
+        (self.gdtr, self.idtr) = (state.gdtr, state.idtr);
+        (self.cr0, self.cr2, self.cr3, self.cr4) = (state.cr0, state.cr2, state.cr3, state.cr4);
+        (self.efer, self.xcr0) = (state.efer, state.xcr0);
+        (self.dr, self.dr6, self.dr7) = (state.dr, state.dr6, state.dr7);
+        self.msrs = state.msrs.clone();
+        self.load_fpu(&state.fpu);
+        self.tsc_base = state.tsc_base;
+        self.activity = state.activity;
+        (self.nmi_pending, self.nmi_blocked) = (state.nmi_pending, state.nmi_blocked);
+        self.shadow = state.interrupt_shadow;
+        self.set_lapic(state.lapic.clone());
+        let paging = self.paging();
+        if paging.is_pae32()
+            && let Ok(pdptes) = paging.load_pdptes(&self.vm.ram)
+        {
+            self.pdptes = pdptes;
+        }
+        self.tlb.flush();
+        self.blocks.mapping_changed();
+        self.update_mode();
+        self.delivering = None;
+        self.debug_trap = 0;
+        self.io.clear();
+        self.check_events = true;
+    }
+
+    /// The whole state.
+    pub fn save_state(&self) -> CpuState {
+        let mut gpr = [0; 16];
+        gpr.copy_from_slice(&self.regs[..16]);
+        CpuState {
+            gpr,
+            rip: self.rip(),
+            rflags: self.flags,
+            segments: self.segments,
+            ldtr: self.ldtr,
+            tr: self.tr,
+            gdtr: self.gdtr,
+            idtr: self.idtr,
+            cr0: self.cr0,
+            cr2: self.cr2,
+            cr3: self.cr3,
+            cr4: self.cr4,
+            efer: self.efer,
+            xcr0: self.xcr0,
+            dr: self.dr,
+            dr6: self.dr6,
+            dr7: self.dr7,
+            msrs: self.msrs.clone(),
+            fpu: self.save_fpu(),
+            lapic: self.lapic.state().clone(),
+            tsc_base: self.tsc_base,
+            activity: self.activity,
+            nmi_pending: self.nmi_pending,
+            nmi_blocked: self.nmi_blocked,
+            interrupt_shadow: self.shadow,
+        }
+    }
+}
+
+impl Vcpu for InterpVcpu {
+    fn run(&mut self, entry: Entry) -> Result<Exit, EngineError> {
+        match (self.pending.take(), entry) {
+            (None, Entry::Resume) => {}
+            (Some(Exit::InterruptAcknowledge), Entry::Interrupt(vector)) => {
+                self.cpu.delivering = vector.map(Event::External);
+            }
+            (Some(exit), entry @ (Entry::Data(_) | Entry::Written)) => {
+                self.cpu.io.complete(exit, entry);
+            }
+            (pending, entry) => panic!("entry {entry:?} does not complete {pending:?}"),
+        }
+        self.cpu.check_events = true;
+        self.cpu.set_executing(true);
+        self.cpu.serve_others();
+        let exit = self.execute();
+        self.cpu.set_executing(false);
+        self.pending = match exit {
+            Exit::PortRead { .. }
+            | Exit::PortWrite { .. }
+            | Exit::MmioRead { .. }
+            | Exit::MmioWrite { .. }
+            | Exit::InterruptAcknowledge => Some(exit),
+            _ => None,
+        };
+        Ok(exit)
+    }
+
+    fn load(&mut self, state: &CpuState) -> Result<(), EngineError> {
+        self.pending = None;
+        self.cpu.load_state(state);
+        Ok(())
+    }
+
+    fn store(&mut self) -> Result<CpuState, EngineError> {
+        assert!(self.pending.is_none(), "an I/O is pending");
+        Ok(self.cpu.save_state())
+    }
+
+    fn ticks(&self) -> u64 {
+        self.cpu.ticks
+    }
+
+    fn set_tick_limit(&mut self, limit: Option<u64>) {
+        self.cpu.tick_limit = limit;
+        self.cpu.next_check = 0;
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        Arc::new(Handle {
+            vm: Arc::clone(&self.cpu.vm),
+            index: self.cpu.index,
+        })
+    }
+
+    fn recent_instructions(&self) -> Vec<(u64, String)> {
+        let mut lines = VecDeque::new();
+        let mut formatter = IntelFormatter::new();
+        let blocks = self.position.saturating_sub(HISTORY)..self.position;
+        for (linear, code) in blocks.map(|p| self.history[p % HISTORY]) {
+            let mut bytes = [0; 64];
+            let Some(len) = self.cpu.peek_code(linear, &mut bytes) else {
+                continue;
+            };
+            let bitness = [16, 32, 64][code as usize];
+            let decoder = Decoder::with_ip(bitness, &bytes[..len], linear, DecoderOptions::NONE);
+            for instruction in decoder {
+                let mut text = String::new();
+                formatter.format(&instruction, &mut text);
+                lines.push_back((instruction.ip(), text));
+                if instruction.ip() == self.cpu.code_address()
+                    || crate::decode::ends_block(&instruction)
+                {
+                    break;
+                }
+            }
+        }
+        while lines.len() > 24 {
+            lines.pop_front();
+        }
+        lines.into()
+    }
+}
