@@ -1,0 +1,325 @@
+//! One virtqueue, as a device uses it from any thread. Section 2.7 (split virtqueues).
+//!
+//! The ring arithmetic and the walk over descriptors are the `virtio-queue` crate's. That crate ends a chain silently where it is
+//! broken (a loop, an index or an indirect table out of range, a nested indirect table) and knows nothing of
+//! VIRTQ_AVAIL_F_NO_INTERRUPT; both are made good here, and a chain is handed out only if all of its buffers are RAM.
+
+use std::fmt::{Arguments, Display};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+
+use lodger_guest_memory::{GuestMemory, Inner};
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+
+/// The most descriptors in one chain, indirect ones included.
+const LONGEST_CHAIN: usize = 1024;
+
+/// The transport, as its queues see it.
+pub(crate) trait Host: Send + Sync {
+    /// Whether the device may access memory: it is a bus master and not broken.
+    fn running(&self) -> bool;
+    /// Queue `index` has used buffers, and the driver wants to know.
+    fn used(&self, index: u16);
+    /// The configuration structure has changed.
+    fn config_changed(&self);
+    /// The driver has broken queue `index`: the device needs a reset.
+    fn broken(&self, index: u16, why: Arguments);
+}
+
+/// A virtqueue of an active device.
+pub struct Queue {
+    index: u16,
+    memory: GuestMemory,
+    host: Arc<dyn Host>,
+    state: Mutex<State>,
+    /// Signalled when the last chain that was held is given back.
+    released: Condvar,
+}
+
+struct State {
+    ring: virtio_queue::Queue,
+    started: bool,
+    /// Chains that have been taken and not been given back.
+    held: usize,
+}
+
+/// Positions in the rings: what the device has taken, and what it has given back.
+pub(crate) type Positions = (u16, u16);
+
+impl Queue {
+    /// A queue that stands still. `ring` must have been checked to lie in RAM, or be not ready.
+    pub(crate) fn new(
+        index: u16,
+        ring: virtio_queue::Queue,
+        memory: GuestMemory,
+        host: Arc<dyn Host>,
+    ) -> Arc<Queue> {
+        Arc::new(Queue {
+            index,
+            memory,
+            host,
+            state: Mutex::new(State {
+                ring,
+                started: false,
+                held: 0,
+            }),
+            released: Condvar::new(),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("the ring code panicked")
+    }
+
+    /// Takes the next chain that the driver has made available. None if there is none, or the device must not use its
+    /// queues now; a notification follows as soon as that changes.
+    pub fn pop(self: &Arc<Self>) -> Option<Chain> {
+        let mut state = self.lock();
+        if !state.started || !state.ring.ready() || !self.host.running() {
+            return None;
+        }
+        match next(&mut state.ring, &self.memory) {
+            Ok(None) => None,
+            Ok(Some(found)) => {
+                state.held += 1;
+                Some(Chain {
+                    queue: Arc::clone(self),
+                    head: found.head,
+                    readable: found.readable,
+                    writable: found.writable,
+                })
+            }
+            Err(why) => {
+                drop(state);
+                self.host.broken(self.index, format_args!("{why}"));
+                None
+            }
+        }
+    }
+
+    /// Whether the driver has made more chains available than were taken.
+    pub fn has_more(&self) -> bool {
+        let state = self.lock();
+        let index = state.ring.avail_idx(self.memory.inner(), Ordering::Acquire);
+        state.started && state.ring.ready() && index.is_ok_and(|i| i.0 != state.ring.next_avail())
+    }
+
+    /// Lets the queue run.
+    pub(crate) fn start(&self) {
+        self.lock().started = true;
+    }
+
+    /// Hands out no more chains; returns when all of them have been given back.
+    pub(crate) fn stop(&self) {
+        let mut state = self.lock();
+        state.started = false;
+        while state.held > 0 {
+            state = self.released.wait(state).expect("the ring code panicked");
+        }
+    }
+
+    pub(crate) fn positions(&self) -> Positions {
+        let state = self.lock();
+        (state.ring.next_avail(), state.ring.next_used())
+    }
+
+    fn give_back(&self, head: u16, written: u32) {
+        let mut state = self.lock();
+        if !self.host.running() {
+            return;
+        }
+        let told = add_used(&mut state.ring, self.memory.inner(), head, written);
+        drop(state);
+        match told {
+            Ok(true) => self.host.used(self.index),
+            Ok(false) => {}
+            Err(e) => self.host.broken(self.index, format_args!("{e}")),
+        }
+    }
+}
+
+/// Puts a chain into the used ring; whether the driver wants to be told.
+fn add_used(
+    ring: &mut virtio_queue::Queue,
+    memory: &Inner,
+    head: u16,
+    written: u32,
+) -> Result<bool, virtio_queue::Error> {
+    ring.add_used(memory, head, written)?;
+    let wanted = ring.needs_notification(memory)?;
+    if ring.event_idx_enabled() {
+        return Ok(wanted);
+    }
+    let flags = GuestAddress(ring.avail_ring());
+    let flags: u16 = memory
+        .load(flags, Ordering::Relaxed)
+        .map_err(virtio_queue::Error::GuestMemory)?;
+    Ok(u16::from_le(flags) & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0)
+}
+
+struct Found {
+    head: u16,
+    readable: Buffers,
+    writable: Buffers,
+}
+
+/// The next chain of the available ring. In any case the driver is asked to notify of what it adds from now on.
+fn next(ring: &mut virtio_queue::Queue, memory: &GuestMemory) -> Result<Option<Found>, String> {
+    let text = |e: virtio_queue::Error| e.to_string();
+    let m = memory.inner();
+    let taken = ring.iter(m).map_err(text)?.next();
+    let more = ring.enable_notification(m).map_err(text)?;
+    let chain = match taken {
+        Some(chain) => chain,
+        // It came while notifications were off.
+        None if more => match ring.iter(m).map_err(text)?.next() {
+            Some(chain) => chain,
+            None => return Ok(None),
+        },
+        None => return Ok(None),
+    };
+    if chain.head_index() >= ring.size() {
+        return Err(format!(
+            "descriptor {} of {}",
+            chain.head_index(),
+            ring.size()
+        ));
+    }
+    walk(chain, memory).map(Some)
+}
+
+fn walk(chain: DescriptorChain<&Inner>, memory: &GuestMemory) -> Result<Found, String> {
+    let mut found = Found {
+        head: chain.head_index(),
+        readable: Buffers::default(),
+        writable: Buffers::default(),
+    };
+    let mut complete = false;
+    for (n, d) in chain.enumerate() {
+        let (address, len) = (d.addr().0, d.len());
+        if n == LONGEST_CHAIN {
+            return Err(format!("a chain of more than {LONGEST_CHAIN} descriptors"));
+        }
+        if len > 0 && !memory.contains(address, len as usize) {
+            return Err(format!("a buffer outside RAM: {address:#x}+{len:#x}"));
+        }
+        if d.is_write_only() {
+            found.writable.push(address, len);
+        } else if found.writable.len == 0 {
+            found.readable.push(address, len);
+        } else {
+            return Err("a readable buffer after a writable one".into());
+        }
+        complete = !d.has_next();
+    }
+    match complete {
+        true => Ok(found),
+        false => Err("a chain that loops or leads nowhere".into()),
+    }
+}
+
+/// Buffers of one direction, all of them RAM; one after the other they are a range of bytes from 0.
+#[derive(Debug, Default)]
+struct Buffers {
+    parts: Vec<(u64, u32)>,
+    len: u64,
+}
+
+impl Buffers {
+    fn push(&mut self, address: u64, len: u32) {
+        if len > 0 {
+            self.parts.push((address, len));
+            self.len += u64::from(len);
+        }
+    }
+
+    /// Calls `f(address, range of the caller's bytes)` for the parts of `offset..offset + len`; returns how many of the
+    /// bytes exist.
+    fn each(
+        &self,
+        offset: u64,
+        len: usize,
+        mut f: impl FnMut(u64, std::ops::Range<usize>),
+    ) -> usize {
+        let (mut skip, mut done) = (offset, 0);
+        for &(address, part) in &self.parts {
+            let part = u64::from(part);
+            if done == len {
+                break;
+            }
+            if skip >= part {
+                skip -= part;
+                continue;
+            }
+            let n = (part - skip).min((len - done) as u64) as usize;
+            f(address + skip, done..done + n);
+            done += n;
+            skip = 0;
+        }
+        done
+    }
+}
+
+/// A chain of buffers that the driver has made available: first bytes that the device reads, then bytes that it writes.
+///
+/// It must be completed; one that is just dropped is lost for the driver until it resets the device.
+pub struct Chain {
+    queue: Arc<Queue>,
+    head: u16,
+    readable: Buffers,
+    writable: Buffers,
+}
+
+impl Chain {
+    /// How many bytes the device may read.
+    pub fn readable_len(&self) -> u64 {
+        self.readable.len
+    }
+
+    /// How many bytes the device may write.
+    pub fn writable_len(&self) -> u64 {
+        self.writable.len
+    }
+
+    /// Copies from the readable bytes at `offset`; returns how many there were.
+    pub fn read_at(&self, offset: u64, data: &mut [u8]) -> usize {
+        let memory = &self.queue.memory;
+        self.readable.each(offset, data.len(), |address, range| {
+            let read = memory.read(address, &mut data[range]);
+            read.expect("RAM stays where it is");
+        })
+    }
+
+    /// Copies into the writable bytes at `offset`; returns how many there was room for.
+    pub fn write_at(&self, offset: u64, data: &[u8]) -> usize {
+        let memory = &self.queue.memory;
+        self.writable.each(offset, data.len(), |address, range| {
+            let written = memory.write(address, &data[range]);
+            written.expect("RAM stays where it is");
+        })
+    }
+
+    /// Gives the chain back to the driver. `written` bytes have been written, from the first writable one on.
+    pub fn complete(self, written: u32) {
+        self.queue.give_back(self.head, written);
+    }
+
+    /// The chain cannot be answered, because it lacks what every request must have: the device needs a reset.
+    pub fn reject(self, why: impl Display) {
+        self.queue
+            .host
+            .broken(self.queue.index, format_args!("{why}"));
+    }
+}
+
+impl Drop for Chain {
+    fn drop(&mut self) {
+        let mut state = self.queue.lock();
+        state.held -= 1;
+        if state.held == 0 {
+            self.queue.released.notify_all();
+        }
+    }
+}
