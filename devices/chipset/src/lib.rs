@@ -9,14 +9,17 @@
 //! device that drives it.
 
 mod alarm;
+mod calendar;
 mod dwords;
 mod ioapic;
 mod ioapic82093;
+mod mc146818;
 mod pic;
 mod pic8259;
 mod pit;
 mod pit8254;
 mod rate;
+mod rtc;
 mod uart;
 mod uart16550;
 
@@ -26,4 +29,5 @@ mod testing;
 pub use ioapic::{IOAPIC_BASE, IOAPIC_LEN, IOAPIC_PINS, Ioapic, IoapicConfig};
 pub use pic::{PIC_ELCR_PORT, PIC_LEN, PIC_MASTER_PORT, PIC_SLAVE_PORT, Pic};
 pub use pit::{PIT_HZ, PIT_IRQ, PIT_LEN, PIT_PORT, PORT_B, Pit};
+pub use rtc::{RTC_CENTURY, RTC_IRQ, RTC_LEN, RTC_PORT, Rtc, RtcConfig};
 pub use uart::{ByteSink, UART_LEN, UART_PORTS, Uart, UartConfig};
