@@ -5,8 +5,8 @@
 # Kernel command line:  lodger.run="COMMAND"  runs COMMAND, prints LODGER-EXIT
 # rc=N and powers off. Otherwise: a shell on the console; its end powers off.
 export PATH=/bin HOME=/root
-mount -t proc proc /proc
-mount -t sysfs sysfs /sys
+busybox mount -t proc proc /proc
+busybox mount -t sysfs sysfs /sys
 
 # The first sign of life comes before anything slow.
 read -r release </proc/sys/kernel/osrelease
@@ -20,6 +20,7 @@ done
 unset IFS
 echo "Lodger mini: Linux $release, $cpus CPUs, $((kib / 1024)) MiB"
 
+busybox --install -s /bin
 mount -t devtmpfs dev /dev
 
 # Drivers for the virtio devices that are there, by PCI ID (virtio 1.2, 4.1.2).
