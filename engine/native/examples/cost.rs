@@ -1,4 +1,4 @@
-//! Measures what one `Native::exec` costs, in nanoseconds: median of several rounds.
+//! Measures what one `Native::exec` costs (median of several rounds), and making and finding a stub.
 
 // UNSAFETY: executing a stub is unsafe, its cache must be alive; here it is.
 #![allow(unsafe_code)]
@@ -45,5 +45,27 @@ fn main() {
             .collect();
         rounds.sort_by(f64::total_cmp);
         println!("{name:24} {:6.1} ns", rounds[rounds.len() / 2]);
+    }
+
+    // pshufd xmm0,xmm1,immediate: a form each.
+    let forms: Vec<_> = (0..=255)
+        .map(|immediate| {
+            Decoder::new(
+                64,
+                &[0x66, 0x0f, 0x70, 0xc1, immediate],
+                DecoderOptions::NONE,
+            )
+            .decode()
+        })
+        .collect();
+    for name in ["prepare, new form", "prepare, known form"] {
+        let start = Instant::now();
+        for instruction in &forms {
+            black_box(cache.prepare(instruction)).expect("room");
+        }
+        println!(
+            "{name:24} {:6.0} ns",
+            start.elapsed().as_nanos() as f64 / 256.0
+        );
     }
 }

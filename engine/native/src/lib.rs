@@ -26,14 +26,14 @@
 //! and virtual-8086 mode as well. The instruction and data pointers are those that the caller gives in
 //! [`NativeState::x87_ip`] and [`NativeState::x87_dp`]; host addresses never reach the guest.
 //!
-//! The host must offer x86-64-v2 (LAHF in 64-bit mode, SSE4.2).
-//!
-//! Further: with an unmasked SIMD underflow or overflow, the precision flag is that of the masked result; VDPPS and VDPPD raise
+//! With an unmasked SIMD underflow or overflow, the precision flag is that of the masked result; VDPPS and VDPPD raise
 //! the exceptions of all their steps together; VCVTPS2PH raises no unmasked underflow if the tiny result is exact.
 //!
+//! The host must offer x86-64-v2, of which the stubs use LAHF in 64-bit mode; this is not checked.
+//!
 //! Cost of one [`Native::exec`] on a Sapphire Rapids server (`cargo run --release --example cost -p lodger-native`): 3 ns
-//! for moves, logic and integer vectors, 5 ns with status flags, 8 ns with MXCSR, 80 to 150 ns for x87 and MMX, whose
-//! whole state is loaded and stored. Making a stub takes some microseconds, finding it again well under one.
+//! for moves, logic and integer vectors, 5 ns with status flags, 8 ns with MXCSR, about 80 ns for x87 and MMX, whose
+//! whole state is loaded and stored. Making a stub takes 1.7 us, finding it again 0.1 us.
 //!
 //! Manuals: Intel SDM volume 1 chapters 8 (x87), 11.5 (SIMD exceptions), 14 (AVX); volume 2 for each instruction and the
 //! exception types of its section 2.4.
