@@ -8,6 +8,8 @@
 //! only: device, then interrupt router, then interrupt controller, then CPU. A sink must not call back into the
 //! device that drives it.
 
+mod acpi_pm;
+mod acpi_registers;
 mod alarm;
 mod calendar;
 mod dwords;
@@ -26,6 +28,10 @@ mod uart16550;
 #[cfg(test)]
 mod testing;
 
+pub use acpi_pm::{
+    AcpiPm, AcpiPmConfig, GPE0_LEN, GPE0_OFFSET, PM_LEN, PM_PORT, PM_TIMER_HZ, PM_TMR_OFFSET,
+    PM1A_CNT_OFFSET, PM1A_EVT_OFFSET, S5_SLEEP_TYPE, SCI_IRQ,
+};
 pub use ioapic::{IOAPIC_BASE, IOAPIC_LEN, IOAPIC_PINS, Ioapic, IoapicConfig};
 pub use pic::{PIC_ELCR_PORT, PIC_LEN, PIC_MASTER_PORT, PIC_SLAVE_PORT, Pic};
 pub use pit::{PIT_HZ, PIT_IRQ, PIT_LEN, PIT_PORT, PORT_B, Pit};

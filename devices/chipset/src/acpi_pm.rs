@@ -1,0 +1,238 @@
+//! ACPI power management: [`acpi_registers`](crate::acpi_registers) joined to the clock, the system control interrupt and the machine's switch.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use lodger_address_space::BusTarget;
+use lodger_clock::SharedClock;
+use lodger_device_model::{Device, IrqLine, MachineControl, MachineRequest, Payload, RestoreError};
+
+use crate::acpi_registers::{AcpiRegisters, POWER_BUTTON, TIMER_HZ, saved};
+use crate::alarm::Alarm;
+
+/// The block of I/O ports.
+pub const PM_PORT: u16 = 0x600;
+/// Length of the block.
+pub const PM_LEN: u64 = 0x24;
+/// Offset of PM1a_EVT_BLK (4 bytes) in the block.
+pub const PM1A_EVT_OFFSET: u16 = 0;
+/// Offset of PM1a_CNT_BLK (2 bytes).
+pub const PM1A_CNT_OFFSET: u16 = 4;
+/// Offset of PM_TMR_BLK (4 bytes).
+pub const PM_TMR_OFFSET: u16 = 8;
+/// Offset of GPE0_BLK (4 bytes: 16 events).
+pub const GPE0_OFFSET: u16 = 0x20;
+/// Length of GPE0_BLK.
+pub const GPE0_LEN: u8 = 4;
+/// The line of the system control interrupt; level-triggered.
+pub const SCI_IRQ: u32 = 9;
+/// SLP_TYPa of soft-off, for the DSDT's \_S5.
+pub const S5_SLEEP_TYPE: u8 = 5;
+/// The power management timer's frequency.
+pub const PM_TIMER_HZ: u32 = TIMER_HZ;
+
+const KIND: &str = "acpi-pm";
+
+/// How an [`AcpiPm`] is made.
+pub struct AcpiPmConfig {
+    /// The timer has 32 bits (TMR_VAL_EXT in the FADT) instead of 24.
+    pub wide_timer: bool,
+}
+
+/// Power management: event and control registers, timer, one block of general-purpose events.
+pub struct AcpiPm {
+    // Fixed configuration.
+    wide_timer: bool,
+
+    // Runtime glue.
+    clock: SharedClock,
+    sci: IrqLine,
+    control: Arc<dyn MachineControl>,
+    alarm: Alarm,
+
+    // Volatile state.
+    registers: Mutex<AcpiRegisters>,
+}
+
+impl AcpiPm {
+    /// Registers after power-on, interrupting through `sci`; soft-off goes to `control`.
+    pub fn new(
+        config: AcpiPmConfig,
+        clock: SharedClock,
+        sci: IrqLine,
+        control: Arc<dyn MachineControl>,
+    ) -> Arc<AcpiPm> {
+        let registers = AcpiRegisters::new(config.wide_timer, clock.now());
+        Arc::new_cyclic(|weak| AcpiPm {
+            wide_timer: config.wide_timer,
+            alarm: Alarm::new(&clock, weak, AcpiPm::ring),
+            clock,
+            sci,
+            control,
+            registers: Mutex::new(registers),
+        })
+    }
+
+    /// Somebody presses the power button: most guests shut down.
+    pub fn press_power_button(&self) {
+        self.access(|r, _| r.raise(POWER_BUTTON));
+    }
+
+    /// General-purpose event `number` (0 to 15) happens.
+    pub fn raise_gpe(&self, number: u32) {
+        self.access(|r, _| r.raise_gpe(number));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, AcpiRegisters> {
+        self.registers
+            .lock()
+            .expect("a user of power management panicked")
+    }
+
+    fn access<R>(&self, act: impl FnOnce(&mut AcpiRegisters, u64) -> R) -> R {
+        let mut registers = self.lock();
+        let now = self.clock.now();
+        registers.catch_up(now);
+        let result = act(&mut registers, now);
+        self.sci.set(registers.sci());
+        self.alarm.set(registers.deadline());
+        result
+    }
+
+    fn ring(&self) {
+        self.access(|_, _| self.alarm.rung());
+    }
+}
+
+impl BusTarget for AcpiPm {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.access(|r, now| r.read(offset, data, now));
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        for (at, &byte) in (offset..).zip(data) {
+            if self.access(|r, _| r.write(at, byte)) == Some(S5_SLEEP_TYPE) {
+                self.control.request(MachineRequest::PowerOff);
+            }
+        }
+    }
+}
+
+impl Device for AcpiPm {
+    fn name(&self) -> &str {
+        "acpi-pm"
+    }
+
+    fn reset(&self) {
+        self.access(|r, now| *r = AcpiRegisters::new(self.wide_timer, now));
+    }
+
+    fn save(&self) -> Payload {
+        Payload::encode(KIND, 1, &self.lock().save())
+    }
+
+    fn restore(&self, payload: &Payload) -> Result<(), RestoreError> {
+        let saved: saved::V1 = payload.decode(KIND, 1)?;
+        let mut registers = self.lock();
+        *registers = AcpiRegisters::restore(self.wide_timer, saved);
+        self.sci.import(registers.sci());
+        self.alarm.set(registers.deadline());
+        Ok(())
+    }
+
+    fn as_pio(&self) -> Option<&dyn BusTarget> {
+        Some(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Rig;
+    use lodger_device_model::assert_round_trip;
+
+    fn rig(wide_timer: bool) -> (Rig, Arc<AcpiPm>) {
+        let rig = Rig::new();
+        let config = AcpiPmConfig { wide_timer };
+        let pm = AcpiPm::new(config, rig.clock.clone(), rig.line(9), rig.records.clone());
+        let ports = &rig.space.ports;
+        ports.map(PM_PORT.into(), PM_LEN, pm.clone() as _).unwrap();
+        (rig, pm)
+    }
+
+    /// Words: `button`, `gpe N`, `requests`.
+    fn run(rig: &Rig, pm: &AcpiPm, script: &str) {
+        rig.run_with(script, |words| {
+            match words[0] {
+                "button" => pm.press_power_button(),
+                "gpe" => pm.raise_gpe(words[1].parse().unwrap()),
+                "requests" => return format!("{:?}", rig.take_requests()),
+                other => panic!("{other}"),
+            }
+            String::new()
+        });
+    }
+
+    #[test]
+    fn register_scripts() {
+        for (what, wide, script) in [
+            (
+                "ACPI mode is on; unknown bits and registers read as 0",
+                false,
+                "r 600 = 00000000 \n r 604 = 0001 \n w 604 ffdd \n r 604 = 1c01 \n w 602 ffff \n r 602 = 0721 \n r 60c = 00000000 \n w 60c 55 \n r 61f = 00 \n requests = []",
+            ),
+            (
+                "a 24-bit timer and its overflow event",
+                false,
+                "r 608 = 00000000 \n t 1s \n r 608 = 00369e99 \n t 1s \n r 60a = 6d \n w 602 0001 \n t 343ms \n irq 9 = 0 \n t 1ms \n irq 9 = 1 \n r 600 = 0001 \n w 600 01 \n
+                 irq 9 = 0 \n t 2344ms \n irq 9 = 1 \n r 608 = 0000....",
+            ),
+            (
+                "a 32-bit timer",
+                true,
+                "w 602 01 \n t 10s \n r 608 = 022231fa \n r 600 = 00 \n t 589s \n irq 9 = 0 \n t 1s \n irq 9 = 1 \n t 600s \n r 600 = 01 \n w 600 01 \n t 1s \n r 608 = 00......",
+            ),
+            (
+                "the power button, cleared by writing 1",
+                false,
+                "button \n irq 9 = 0 \n r 600 = 0100 \n w 602 0100 \n irq 9 = 1 \n w 600 00ff \n irq 9 = 1 \n w 601 01 \n irq 9 = 0 \n r 600 = 0000",
+            ),
+            (
+                "general-purpose events",
+                false,
+                "gpe 3 \n gpe 15 \n gpe 16 \n gpe 4000000000 \n r 620 = 00008008 \n irq 9 = 0 \n w 622 8000 \n irq 9 = 1 \n w 620 ffff \n irq 9 = 0 \n r 620 = 80000000",
+            ),
+            (
+                "soft-off, as a word and as a byte; other sleeping states do nothing",
+                false,
+                "w 604 1400 \n requests = [] \n w 604 3400 \n requests = [PowerOff] \n r 604 = 1401 \n w 605 34 \n requests = [PowerOff] \n w 604 2000 \n w 604 2400 \n
+                 w 604 00ff \n requests = [] \n r 604 = 0003",
+            ),
+        ] {
+            let (rig, pm) = rig(wide);
+            println!("{what}");
+            run(&rig, &pm, script);
+        }
+    }
+
+    #[test]
+    fn state_survives() {
+        let (rig, pm) = rig(false);
+        run(
+            &rig,
+            &pm,
+            "w 602 0101 \n w 622 0002 \n w 604 1400 \n button \n gpe 1 \n edges 9 = 1",
+        );
+        assert_round_trip(&*pm);
+        run(
+            &rig,
+            &pm,
+            "edges 9 = 0 \n irq 9 = 1 \n r 600 = 01010100 \n r 604 = 1401 \n r 620 = 00020002 \n w 600 0100 \n w 620 02 \n irq 9 = 0 \n t 3s \n irq 9 = 1",
+        );
+    }
+
+    #[test]
+    fn hostile_accesses() {
+        let (rig, pm) = rig(true);
+        rig.hammer(&[(0x600, 0x28)], &[], &[&*pm]);
+    }
+}
