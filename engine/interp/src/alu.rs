@@ -216,15 +216,6 @@ implement!(u32, i32, u64, i64, reg, ":e", u32, ":e");
 implement!(u64, i64, u128, i128, reg, ":r", u64, ":r");
 
 macro_rules! operations {
-    ($trait:ident: $($type:ident $name:ident),*) => { $(
-        pub struct $type;
-        impl $trait for $type {
-            #[inline(always)]
-            fn apply<T: Alu>(a: T, b: T, flags: u64) -> (T, u64) {
-                T::$name(a, b, flags)
-            }
-        }
-    )* };
     (unary: $($type:ident $name:ident),*) => { $(
         pub struct $type;
         impl Unary for $type {
@@ -240,6 +231,15 @@ macro_rules! operations {
             #[inline(always)]
             fn apply<T: Alu>(a: T, count: u8, flags: u64) -> (T, u64) {
                 T::$name(a, count, flags)
+            }
+        }
+    )* };
+    ($trait:ident: $($type:ident $name:ident),*) => { $(
+        pub struct $type;
+        impl $trait for $type {
+            #[inline(always)]
+            fn apply<T: Alu>(a: T, b: T, flags: u64) -> (T, u64) {
+                T::$name(a, b, flags)
             }
         }
     )* };

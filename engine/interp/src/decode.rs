@@ -16,23 +16,23 @@ use crate::word::HIGH_BYTE;
 
 /// Picks the instance of a generic handler for an operand of `$size` bytes.
 macro_rules! sized {
-    ($size:expr, $($f:ident)::+ < $($g:tt),* >) => {
+    ($size:expr, $f:ident[$($g:tt)*]) => {
         match $size {
-            1 => $($f)::+::<$($g,)* u8> as Handler,
-            2 => $($f)::+::<$($g,)* u16>,
-            4 => $($f)::+::<$($g,)* u32>,
-            _ => $($f)::+::<$($g,)* u64>,
+            1 => $f::<$($g)* u8> as Handler,
+            2 => $f::<$($g)* u16>,
+            4 => $f::<$($g)* u32>,
+            _ => $f::<$($g)* u64>,
         }
     };
 }
 
 /// The same for operands that are never bytes.
 macro_rules! sized_word {
-    ($size:expr, $($f:ident)::+ < $($g:tt),* >) => {
+    ($size:expr, $f:ident[$($g:tt)*]) => {
         match $size {
-            2 => $($f)::+::<$($g,)* u16> as Handler,
-            4 => $($f)::+::<$($g,)* u32>,
-            _ => $($f)::+::<$($g,)* u64>,
+            2 => $f::<$($g)* u16> as Handler,
+            4 => $f::<$($g)* u32>,
+            _ => $f::<$($g)* u64>,
         }
     };
 }
@@ -230,25 +230,25 @@ fn common(i: &Instruction, op: &mut Op) -> Option<Handler> {
         Mov => mov(i, k0, k1),
         Movzx => movx::<false>(i, k1),
         Movsx | Movsxd => movx::<true>(i, k1),
-        Lea => Some(sized_word!(size(i, 0), lea<>)),
+        Lea => Some(sized_word!(size(i, 0), lea[])),
         Xchg => match (k0, k1) {
-            (Reg, Reg) => Some(sized!(size(i, 0), xchg_rr<>)),
-            (Mem, Reg) => Some(sized!(size(i, 1), xchg_mr<>)),
+            (Reg, Reg) => Some(sized!(size(i, 0), xchg_rr[])),
+            (Mem, Reg) => Some(sized!(size(i, 1), xchg_mr[])),
             (Reg, Mem) => {
                 op.src = op.dst;
-                Some(sized!(size(i, 0), xchg_mr<>))
+                Some(sized!(size(i, 0), xchg_mr[]))
             }
             _ => None,
         },
         Xadd => match (k0, i.has_lock_prefix()) {
-            (Reg, _) => Some(sized!(size(i, 1), xadd_rr<>)),
-            (_, true) => Some(sized!(size(i, 1), xadd_mr<true>)),
-            _ => Some(sized!(size(i, 1), xadd_mr<false>)),
+            (Reg, _) => Some(sized!(size(i, 1), xadd_rr[])),
+            (_, true) => Some(sized!(size(i, 1), xadd_mr[true,])),
+            _ => Some(sized!(size(i, 1), xadd_mr[false,])),
         },
         Cmpxchg => match (k0, i.has_lock_prefix()) {
-            (Reg, _) => Some(sized!(size(i, 1), cmpxchg_rr<>)),
-            (_, true) => Some(sized!(size(i, 1), cmpxchg_mr<true>)),
-            _ => Some(sized!(size(i, 1), cmpxchg_mr<false>)),
+            (Reg, _) => Some(sized!(size(i, 1), cmpxchg_rr[])),
+            (_, true) => Some(sized!(size(i, 1), cmpxchg_mr[true,])),
+            _ => Some(sized!(size(i, 1), cmpxchg_mr[false,])),
         },
         Bswap if size(i, 0) == 4 => Some(bswap::<u32>),
         Bswap if size(i, 0) == 8 => Some(bswap::<u64>),
@@ -257,12 +257,12 @@ fn common(i: &Instruction, op: &mut Op) -> Option<Handler> {
         Btr => bits::<crate::alu::Btr>(i, k0, k1),
         Btc => bits::<crate::alu::Btc>(i, k0, k1),
         Bsf => Some(match k1 {
-            Mem => sized_word!(size(i, 0), bit_scan<false, true>),
-            _ => sized_word!(size(i, 0), bit_scan<false, false>),
+            Mem => sized_word!(size(i, 0), bit_scan[false, true,]),
+            _ => sized_word!(size(i, 0), bit_scan[false, false,]),
         }),
         Bsr => Some(match k1 {
-            Mem => sized_word!(size(i, 0), bit_scan<true, true>),
-            _ => sized_word!(size(i, 0), bit_scan<true, false>),
+            Mem => sized_word!(size(i, 0), bit_scan[true, true,]),
+            _ => sized_word!(size(i, 0), bit_scan[true, false,]),
         }),
         Cbw => Some(extend_accumulator::<u8, u16>),
         Cwde => Some(extend_accumulator::<u16, u32>),
@@ -302,42 +302,42 @@ fn common(i: &Instruction, op: &mut Op) -> Option<Handler> {
 
 fn alu<O: Binary>(i: &Instruction, k0: Kind, k1: Kind) -> Option<Handler> {
     Some(match (k0, k1, i.has_lock_prefix()) {
-        (Reg, Reg, _) => sized!(size(i, 0), alu_rr<O>),
-        (Reg, Imm, _) => sized!(size(i, 0), alu_ri<O>),
-        (Reg, Mem, _) => sized!(size(i, 0), alu_rm<O>),
-        (Mem, Reg, false) => sized!(size(i, 1), alu_mr<O>),
-        (Mem, Imm, false) => sized!(size(i, 0), alu_mi<O>),
-        (Mem, Reg, true) => sized!(size(i, 1), alu_mr_lock<O>),
-        (Mem, Imm, true) => sized!(size(i, 0), alu_mi_lock<O>),
+        (Reg, Reg, _) => sized!(size(i, 0), alu_rr[O,]),
+        (Reg, Imm, _) => sized!(size(i, 0), alu_ri[O,]),
+        (Reg, Mem, _) => sized!(size(i, 0), alu_rm[O,]),
+        (Mem, Reg, false) => sized!(size(i, 1), alu_mr[O,]),
+        (Mem, Imm, false) => sized!(size(i, 0), alu_mi[O,]),
+        (Mem, Reg, true) => sized!(size(i, 1), alu_mr_lock[O,]),
+        (Mem, Imm, true) => sized!(size(i, 0), alu_mi_lock[O,]),
         _ => return None,
     })
 }
 
 fn unary<O: Unary>(i: &Instruction, k0: Kind) -> Option<Handler> {
     Some(match (k0, i.has_lock_prefix()) {
-        (Reg, _) => sized!(size(i, 0), unary_r<O>),
-        (Mem, false) => sized!(size(i, 0), unary_m<O>),
-        (Mem, true) => sized!(size(i, 0), unary_m_lock<O>),
+        (Reg, _) => sized!(size(i, 0), unary_r[O,]),
+        (Mem, false) => sized!(size(i, 0), unary_m[O,]),
+        (Mem, true) => sized!(size(i, 0), unary_m_lock[O,]),
         _ => return None,
     })
 }
 
 fn shift<O: Shift>(i: &Instruction, k0: Kind, k1: Kind) -> Option<Handler> {
     Some(match (k0, k1) {
-        (Reg, Imm) => sized!(size(i, 0), shift_ri<O>),
-        (Reg, _) => sized!(size(i, 0), shift_rc<O>),
-        (Mem, Imm) => sized!(size(i, 0), shift_mi<O>),
-        (Mem, _) => sized!(size(i, 0), shift_mc<O>),
+        (Reg, Imm) => sized!(size(i, 0), shift_ri[O,]),
+        (Reg, _) => sized!(size(i, 0), shift_rc[O,]),
+        (Mem, Imm) => sized!(size(i, 0), shift_mi[O,]),
+        (Mem, _) => sized!(size(i, 0), shift_mc[O,]),
         _ => return None,
     })
 }
 
 fn double_shift<const RIGHT: bool>(i: &Instruction, k0: Kind) -> Option<Handler> {
     Some(match (k0, kind(i, 2)) {
-        (Reg, Imm) => sized_word!(size(i, 1), double_shift_r<RIGHT, false>),
-        (Reg, _) => sized_word!(size(i, 1), double_shift_r<RIGHT, true>),
-        (_, Imm) => sized_word!(size(i, 1), double_shift_m<RIGHT, false>),
-        _ => sized_word!(size(i, 1), double_shift_m<RIGHT, true>),
+        (Reg, Imm) => sized_word!(size(i, 1), double_shift_r[RIGHT, false,]),
+        (Reg, _) => sized_word!(size(i, 1), double_shift_r[RIGHT, true,]),
+        (_, Imm) => sized_word!(size(i, 1), double_shift_m[RIGHT, false,]),
+        _ => sized_word!(size(i, 1), double_shift_m[RIGHT, true,]),
     })
 }
 
@@ -350,20 +350,20 @@ trait OneOperand {
 struct Multiply<const SIGNED: bool>;
 impl<const SIGNED: bool> OneOperand for Multiply<SIGNED> {
     fn register(size: usize) -> Handler {
-        sized!(size, mul<SIGNED, false>)
+        sized!(size, mul[SIGNED, false,])
     }
     fn memory(size: usize) -> Handler {
-        sized!(size, mul<SIGNED, true>)
+        sized!(size, mul[SIGNED, true,])
     }
 }
 
 struct Divide<const SIGNED: bool>;
 impl<const SIGNED: bool> OneOperand for Divide<SIGNED> {
     fn register(size: usize) -> Handler {
-        sized!(size, div<SIGNED, false>)
+        sized!(size, div[SIGNED, false,])
     }
     fn memory(size: usize) -> Handler {
-        sized!(size, div<SIGNED, true>)
+        sized!(size, div[SIGNED, true,])
     }
 }
 
@@ -378,33 +378,33 @@ fn one_operand<O: OneOperand>(i: &Instruction, k0: Kind, op: &mut Op, _: O) -> O
 
 fn imul(i: &Instruction, k1: Kind, _: &mut Op) -> Option<Handler> {
     Some(match (i.op_count(), k1) {
-        (2, Reg) => sized_word!(size(i, 0), imul2<false>),
-        (2, Mem) => sized_word!(size(i, 0), imul2<true>),
-        (3, Reg) => sized_word!(size(i, 0), imul3<false>),
-        (3, Mem) => sized_word!(size(i, 0), imul3<true>),
+        (2, Reg) => sized_word!(size(i, 0), imul2[false,]),
+        (2, Mem) => sized_word!(size(i, 0), imul2[true,]),
+        (3, Reg) => sized_word!(size(i, 0), imul3[false,]),
+        (3, Mem) => sized_word!(size(i, 0), imul3[true,]),
         _ => return None,
     })
 }
 
 fn mov(i: &Instruction, k0: Kind, k1: Kind) -> Option<Handler> {
     Some(match (k0, k1) {
-        (Reg, Reg) => sized!(size(i, 0), mov_rr<>),
-        (Reg, Imm) => sized!(size(i, 0), mov_ri<>),
-        (Reg, Mem) => sized!(size(i, 0), mov_rm<>),
-        (Mem, Reg) => sized!(size(i, 1), mov_mr<>),
-        (Mem, Imm) => sized!(size(i, 0), mov_mi<>),
+        (Reg, Reg) => sized!(size(i, 0), mov_rr[]),
+        (Reg, Imm) => sized!(size(i, 0), mov_ri[]),
+        (Reg, Mem) => sized!(size(i, 0), mov_rm[]),
+        (Mem, Reg) => sized!(size(i, 1), mov_mr[]),
+        (Mem, Imm) => sized!(size(i, 0), mov_mi[]),
         _ => return None,
     })
 }
 
 fn movx<const SIGNED: bool>(i: &Instruction, k1: Kind) -> Option<Handler> {
     Some(match (size(i, 1), k1) {
-        (1, Reg) => sized_word!(size(i, 0), extend<SIGNED, false, u8>),
-        (1, Mem) => sized_word!(size(i, 0), extend<SIGNED, true, u8>),
-        (2, Reg) => sized_word!(size(i, 0), extend<SIGNED, false, u16>),
-        (2, Mem) => sized_word!(size(i, 0), extend<SIGNED, true, u16>),
-        (4, Reg) => sized_word!(size(i, 0), extend<SIGNED, false, u32>),
-        (4, Mem) => sized_word!(size(i, 0), extend<SIGNED, true, u32>),
+        (1, Reg) => sized_word!(size(i, 0), extend[SIGNED, false, u8,]),
+        (1, Mem) => sized_word!(size(i, 0), extend[SIGNED, true, u8,]),
+        (2, Reg) => sized_word!(size(i, 0), extend[SIGNED, false, u16,]),
+        (2, Mem) => sized_word!(size(i, 0), extend[SIGNED, true, u16,]),
+        (4, Reg) => sized_word!(size(i, 0), extend[SIGNED, false, u32,]),
+        (4, Mem) => sized_word!(size(i, 0), extend[SIGNED, true, u32,]),
         _ => return None,
     })
 }
@@ -423,8 +423,8 @@ fn bits<O: BitOp>(i: &Instruction, k0: Kind, k1: Kind) -> Option<Handler> {
         };
     }
     Some(match (k0, k1) {
-        (Reg, Reg) => sized_word!(size(i, 0), bit_rr<O>),
-        (Reg, Imm) => sized_word!(size(i, 0), bit_ri<O>),
+        (Reg, Reg) => sized_word!(size(i, 0), bit_rr[O,]),
+        (Reg, Imm) => sized_word!(size(i, 0), bit_ri[O,]),
         (Mem, Reg) => memory!(bit_mr, size(i, 1)),
         (Mem, Imm) => memory!(bit_mi, size(i, 0)),
         _ => return None,
@@ -441,11 +441,11 @@ fn push_pop(i: &Instruction, k0: Kind, op: &mut Op) -> Option<Handler> {
     let push = i.mnemonic() == Mnemonic::Push;
     op.src = op.dst;
     Some(match (k0, push) {
-        (Reg, true) => sized_word!(bytes, push_r<>),
-        (Mem, true) => sized_word!(bytes, push_m<>),
-        (Imm, true) => sized_word!(bytes, push_i<>),
-        (Reg, false) => sized_word!(bytes, pop_r<>),
-        (Mem, false) => sized_word!(bytes, pop_m<>),
+        (Reg, true) => sized_word!(bytes, push_r[]),
+        (Mem, true) => sized_word!(bytes, push_m[]),
+        (Imm, true) => sized_word!(bytes, push_i[]),
+        (Reg, false) => sized_word!(bytes, pop_r[]),
+        (Mem, false) => sized_word!(bytes, pop_m[]),
         _ => return None, // segment registers
     })
 }
@@ -482,10 +482,10 @@ fn transfer(i: &Instruction, k0: Kind, op: &mut Op) -> Option<Handler> {
             distance(op);
             if call { crate::flow::call::<u64> } else { jmp::<u64> }
         }
-        (_, Reg, false) => sized_word!(size(i, 0), jmp_r<>),
-        (_, Reg, true) => sized_word!(size(i, 0), call_r<>),
-        (_, Mem, false) => sized_word!(size(i, 0), jmp_m<>),
-        (_, Mem, true) => sized_word!(size(i, 0), call_m<>),
+        (_, Reg, false) => sized_word!(size(i, 0), jmp_r[]),
+        (_, Reg, true) => sized_word!(size(i, 0), call_r[]),
+        (_, Mem, false) => sized_word!(size(i, 0), jmp_m[]),
+        (_, Mem, true) => sized_word!(size(i, 0), call_m[]),
         _ => return None,
     })
 }
@@ -528,7 +528,6 @@ fn counted(i: &Instruction, op: &mut Op) -> Option<Handler> {
 }
 
 fn strings<K: StringOp>(i: &Instruction, op: &mut Op) -> Option<Handler> {
-    use OpKind::*;
     op.dst = if i.has_repne_prefix() {
         rep::NE
     } else if i.has_rep_prefix() {
@@ -537,9 +536,9 @@ fn strings<K: StringOp>(i: &Instruction, op: &mut Op) -> Option<Handler> {
         rep::NONE
     };
     let mut kinds = i.op_kinds();
-    op.address_shift = if kinds.any(|k| matches!(k, MemorySegSI | MemorySegDI | MemoryESDI)) {
+    op.address_shift = if kinds.any(|k| matches!(k, OpKind::MemorySegSI | OpKind::MemorySegDI | OpKind::MemoryESDI)) {
         48
-    } else if i.op_kinds().any(|k| matches!(k, MemorySegESI | MemorySegEDI | MemoryESEDI)) {
+    } else if i.op_kinds().any(|k| matches!(k, OpKind::MemorySegESI | OpKind::MemorySegEDI | OpKind::MemoryESEDI)) {
         32
     } else {
         0
@@ -572,16 +571,16 @@ fn conditional(i: &Instruction, k0: Kind, k1: Kind, op: &mut Op) -> Option<Handl
             _ => jcc::<CC, u64>,
         }));
     }
-    if i.is_setcc() {
+    if i.op_count() == 1 {
         return Some(by_condition!(cc, |CC| match k0 {
             Mem => setcc_m::<CC> as Handler,
             _ => setcc_r::<CC>,
         }));
     }
-    if i.is_cmovcc() {
+    if i.op_count() == 2 && k0 == Reg {
         return Some(by_condition!(cc, |CC| match k1 {
-            Mem => sized_word!(size(i, 0), cmov<CC, true>),
-            _ => sized_word!(size(i, 0), cmov<CC, false>),
+            Mem => sized_word!(size(i, 0), cmov[CC, true,]),
+            _ => sized_word!(size(i, 0), cmov[CC, false,]),
         }));
     }
     None

@@ -142,7 +142,7 @@ impl Cpu {
         mut update: impl FnMut(T) -> (T, R),
     ) -> Exec<R> {
         if linear & (PAGE - 1) <= PAGE - T::SIZE
-            && let Place::Ram(host, physical) = self.place(linear, T::SIZE, segment, Access::Write)?
+            && let Place::Ram(host, physical) = self.place(linear, segment, Access::Write)?
         {
             let result = if lock {
                 // SAFETY: `place` gave a pointer to RAM, and the access stays within the page.
@@ -192,7 +192,7 @@ impl Cpu {
         while !rest.is_empty() {
             let n = rest.len().min((PAGE - at % PAGE) as usize);
             let (part, tail) = rest.split_at_mut(n);
-            match self.place(at, n as u64, segment, Access::Read)? {
+            match self.place(at, segment, Access::Read)? {
                 // SAFETY: `place` gave a pointer to RAM, and `n` stays within the page.
                 Place::Ram(host, _) => unsafe { load_bytes(host, part) },
                 Place::Device(address) => {
@@ -222,7 +222,7 @@ impl Cpu {
         while !rest.is_empty() {
             let n = rest.len().min((PAGE - at % PAGE) as usize);
             let (part, tail) = rest.split_at(n);
-            match self.place(at, n as u64, segment, Access::Write)? {
+            match self.place(at, segment, Access::Write)? {
                 Place::Ram(host, physical) => {
                     // SAFETY: `place` gave a pointer to RAM, and `n` stays within the page.
                     unsafe { store_bytes(host, part) };
@@ -246,11 +246,34 @@ impl Cpu {
     /// Faults unless `len` bytes at `linear` can be written; for instructions that write after they changed something.
     pub fn check_write(&mut self, linear: u64, len: u64, segment: u8) -> Exec {
         let last = self.wrap(linear.wrapping_add(len - 1));
-        self.place(linear, 1, segment, Access::Write)?;
+        self.place(linear, segment, Access::Write)?;
         if last & !(PAGE - 1) != linear & !(PAGE - 1) {
-            self.place(last & !(PAGE - 1), 1, segment, Access::Write)?;
+            self.place(last & !(PAGE - 1), segment, Access::Write)?;
         }
         Ok(())
+    }
+
+    /// Host address of RAM that an instruction is about to write on its own, within one page; `None` if it is a device's. The
+    /// instruction reports the write with [`Cpu::wrote_at`].
+    pub fn writable(&mut self, linear: u64, segment: u8) -> Exec<Option<*mut u8>> {
+        if self.watch.any() {
+            self.watched(linear, 1, Access::Write)
+                .or_else(|e| self.raise(e))?;
+        }
+        Ok(match self.place(linear, segment, Access::Write)? {
+            Place::Ram(host, _) => Some(host),
+            Place::Device(_) => None,
+        })
+    }
+
+    /// See [`Cpu::writable`].
+    pub fn wrote_at(&mut self, linear: u64) {
+        let entry = self.tlb.entry(self.mmu, linear);
+        if entry.write != linear & !(PAGE - 1)
+            && let Ok(translation) = self.translate(linear, Access::Write)
+        {
+            self.wrote(translation.page);
+        }
     }
 
     /// Reads with supervisor rights whatever the CPL: descriptor tables, task-state segments, interrupt tables.
@@ -274,7 +297,7 @@ impl Cpu {
     }
 
     /// Linear addresses are 32 bits wide outside of 64-bit mode.
-    fn wrap(&self, linear: u64) -> u64 {
+    pub fn wrap(&self, linear: u64) -> u64 {
         if self.long_mode() {
             linear
         } else {
@@ -283,7 +306,7 @@ impl Cpu {
     }
 
     /// Translates a page for data access, filling the TLB; the exception is raised.
-    fn place(&mut self, linear: u64, len: u64, segment: u8, access: Access) -> Exec<Place> {
+    fn place(&mut self, linear: u64, segment: u8, access: Access) -> Exec<Place> {
         if self.long_mode() && !canonical(linear) {
             return self.raise(if segment == seg::SS {
                 Exception::SS0
@@ -310,7 +333,6 @@ impl Cpu {
         let Some(page) = vm.ram.page(translation.page) else {
             return Ok(Place::Device(physical));
         };
-        let _ = len;
         if !self.watch.any() {
             let write = access == Access::Write
                 && translation.writable

@@ -17,12 +17,20 @@ use crate::block::{Block, BlockCache};
 use crate::breakpoint::Watch;
 use crate::cpu::{CodeSize, Cpu, Event, Exec, RIP, Stop};
 use crate::io::IoReplay;
-use crate::vm::{Handle, VmShared, request};
+use crate::vm::{Handle, Mailbox, VmShared, request};
 
 /// Instructions between two looks at the clock: some tens of microseconds.
 const CLOCK_INTERVAL: u64 = 4096;
 /// Blocks that a crash report looks back.
 const HISTORY: usize = 8;
+
+/// What [`Cpu::take_interrupt`] found.
+enum Taken {
+    Nothing,
+    Event(Event),
+    /// The 8259 must be asked for the vector.
+    Acknowledge,
+}
 
 /// An interpreted vCPU behind the engine seam.
 pub struct InterpVcpu {
@@ -107,7 +115,7 @@ impl InterpVcpu {
             let c = &mut *self.cpu;
             let requests = c.vm.vcpus[c.index as usize].requests.load(SeqCst);
             if (requests != 0 || c.check_events || c.ticks >= c.next_check)
-                && let Some(exit) = c.attend(requests)
+                && let Some(exit) = c.attend()
             {
                 return exit;
             }
@@ -236,53 +244,56 @@ impl Cpu {
     }
 
     /// Everything that is looked at between blocks: requests of other threads, time, limits, events. `Some`: leave.
+    ///
+    /// An instruction or a delivery that waits for the answer to an I/O goes first, so that every exit but those for
+    /// I/O is at an instruction boundary with nothing half done.
     #[cold]
     #[inline(never)]
-    fn attend(&mut self, requests: u32) -> Option<Exit> {
-        self.check_events = false;
-        if requests & (request::PARK | request::PROTECT) != 0 {
-            self.serve_others();
-        }
+    fn attend(&mut self) -> Option<Exit> {
         let vm = Arc::clone(&self.vm);
         let mailbox = &vm.vcpus[self.index as usize];
-        if requests & request::KICK != 0 {
-            mailbox.requests.fetch_and(!request::KICK, SeqCst);
-            self.check_events = true;
-            return Some(Exit::Kicked);
-        }
-        if requests & request::MAIL != 0 {
-            for ipi in mailbox.take_messages() {
-                self.receive(ipi);
+        loop {
+            self.check_events = false;
+            self.serve_others();
+            if let Some(event) = self.delivering {
+                if let Some(exit) = self.deliver_fully(event) {
+                    return Some(exit);
+                }
+                continue;
+            }
+            if self.io.is_active() {
+                return None;
+            }
+            if mailbox.take(request::KICK) {
+                self.check_events = true;
+                return Some(Exit::Kicked);
+            }
+            if mailbox.take(request::MAIL) {
+                mailbox.take_messages().into_iter().for_each(|ipi| self.receive(ipi));
+            }
+            mailbox.take(request::LOOK);
+            if self.tick_limit.is_some_and(|limit| self.ticks >= limit) {
+                self.check_events = true;
+                return Some(Exit::TickLimit);
+            }
+            self.lapic_timer();
+            let next = self.ticks + CLOCK_INTERVAL;
+            self.next_check = self.tick_limit.map_or(next, |limit| next.min(limit));
+            if let Some(vector) = self.eoi.take() {
+                self.check_events = true;
+                return Some(Exit::Eoi(vector));
+            }
+            match self.activity {
+                Activity::Shutdown => return Some(Exit::Shutdown),
+                Activity::WaitForSipi => self.sleep(mailbox, None),
+                Activity::Halted if !self.wakes() => self.sleep(mailbox, self.timer_deadline()),
+                Activity::Halted | Activity::Running => match self.take_interrupt() {
+                    Taken::Nothing => return None,
+                    Taken::Event(event) => self.delivering = Some(event),
+                    Taken::Acknowledge => return Some(Exit::InterruptAcknowledge),
+                },
             }
         }
-        if requests & request::LOOK != 0 {
-            mailbox.requests.fetch_and(!request::LOOK, SeqCst);
-        }
-        if self.delivering.is_none() && self.tick_limit.is_some_and(|limit| self.ticks >= limit) {
-            self.check_events = true;
-            return Some(Exit::TickLimit);
-        }
-        self.lapic_timer();
-        let next = self.ticks + CLOCK_INTERVAL;
-        self.next_check = self.tick_limit.map_or(next, |limit| next.min(limit.max(self.ticks + 1)));
-        if let Some(vector) = self.eoi.take() {
-            self.check_events = true;
-            return Some(Exit::Eoi(vector));
-        }
-        if self.io.is_active() {
-            // In the middle of an instruction (or of a delivery, which goes on below).
-            self.delivering?;
-        }
-        if let Some(event) = self.delivering {
-            return self.deliver_fully(event);
-        }
-        match self.activity {
-            Activity::Shutdown => return Some(Exit::Shutdown),
-            Activity::WaitForSipi => return self.sleep(),
-            Activity::Halted if !self.wakes() => return self.sleep(),
-            Activity::Halted | Activity::Running => {}
-        }
-        self.take_interrupt()
     }
 
     /// Whether something ends HLT.
@@ -297,28 +308,29 @@ impl Cpu {
     }
 
     /// Takes an NMI or an interrupt if there is one and it may be taken.
-    fn take_interrupt(&mut self) -> Option<Exit> {
+    fn take_interrupt(&mut self) -> Taken {
         if self.shadow {
-            // One instruction first; then look again.
-            return None;
+            // One instruction first; `step` makes the loop look again.
+            return Taken::Nothing;
         }
-        if self.nmi_pending && !self.nmi_blocked {
+        let taken = if self.nmi_pending && !self.nmi_blocked {
             self.nmi_pending = false;
+            Taken::Event(Event::Nmi)
+        } else if !self.flag(RFlags::IF) {
+            Taken::Nothing
+        } else if self.extint() {
+            self.check_events = true;
+            Taken::Acknowledge
+        } else {
+            match self.lapic.acknowledge() {
+                Some(vector) => Taken::Event(Event::External(vector)),
+                None => Taken::Nothing,
+            }
+        };
+        if !matches!(taken, Taken::Nothing) {
             self.activity = Activity::Running;
-            return self.deliver_fully(Event::Nmi);
         }
-        if !self.flag(RFlags::IF) {
-            return None;
-        }
-        if self.extint() {
-            self.activity = Activity::Running;
-            return Some(Exit::InterruptAcknowledge);
-        }
-        if let Some(vector) = self.lapic.acknowledge() {
-            self.activity = Activity::Running;
-            return self.deliver_fully(Event::External(vector));
-        }
-        None
+        taken
     }
 
     /// Delivers an event, and what goes wrong with it, until an instruction can be executed again.
@@ -355,24 +367,14 @@ impl Cpu {
         None
     }
 
-    /// Waits for a request or the timer.
-    fn sleep(&mut self) -> Option<Exit> {
-        let deadline = match self.activity {
-            Activity::Halted => self.timer_deadline(),
-            _ => None,
-        };
-        let timeout = deadline
-            .map(|d| Duration::from_nanos(d.saturating_sub(self.vm.clock.now()).min(1 << 40)));
-        self.check_events = true;
-        if timeout != Some(Duration::ZERO) {
+    /// Waits for a request or until guest time reaches `deadline`.
+    fn sleep(&mut self, mailbox: &Mailbox, deadline: Option<u64>) {
+        let timeout = deadline.map(|d| d.saturating_sub(self.vm.clock.now()).min(1 << 40));
+        if timeout != Some(0) {
             self.set_executing(false);
-            self.vm.vcpus[self.index as usize].sleep(timeout);
+            mailbox.sleep(timeout.map(Duration::from_nanos));
             self.set_executing(true);
-            self.serve_others();
         }
-        // Around again: the loop looks at requests and the timer.
-        let requests = self.vm.vcpus[self.index as usize].requests.load(SeqCst);
-        self.attend(requests)
     }
 
     /// An interrupt message arrived.

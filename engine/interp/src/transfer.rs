@@ -14,6 +14,7 @@ use crate::segment::{Descriptor, is_null, rpl, system_type};
 use crate::task::Switch;
 
 /// Where a far transfer goes.
+#[derive(Clone, Copy)]
 struct Target {
     code: Segment,
     rip: u64,
@@ -34,75 +35,76 @@ pub fn far_pointer(c: &mut Cpu, op: &Op, size: u64) -> Exec<(u16, u64)> {
 /// Far JMP and CALL, `size` the operand size in bytes.
 pub fn jump_or_call(c: &mut Cpu, op: &Op, size: u64, call: bool) -> Exec {
     let i = &op.rare().instruction;
-    let (selector, offset) = match i.op0_kind() {
+    let (selector, rip) = match i.op0_kind() {
         OpKind::FarBranch16 => (i.far_branch_selector(), i.far_branch16().into()),
         OpKind::FarBranch32 => (i.far_branch_selector(), i.far_branch32().into()),
         _ => far_pointer(c, op, size)?,
     };
+    let stack = Frame::current(c, size);
     if c.unprotected() {
         let code = c.unprotected_code(selector);
-        c.check_target(&code, offset)?;
-        let mut frame = Frame::current(c, size);
-        if call {
-            frame.push(c, c.segments[seg::CS as usize].selector.into())?;
-            frame.push(c, c.rip())?;
-        }
-        c.regs[gpr::RSP as usize] = frame.sp;
-        return c.go(code, offset);
+        return same_level(c, Target { code, rip }, call.then_some(stack));
     }
     if is_null(selector) {
         return c.gp0();
     }
     let bad = Exception::gp(selector);
     let descriptor = c.descriptor(selector, bad)?;
-    if descriptor.segment().is_code_or_data() {
-        let code = c.same_level_code(&descriptor)?;
-        c.check_target(&code, offset)?;
-        let mut frame = Frame::current(c, size);
-        if call {
-            frame.push(c, c.segments[seg::CS as usize].selector.into())?;
-            frame.push(c, c.rip())?;
-        }
-        c.regs[gpr::RSP as usize] = frame.sp;
-        return c.go(code, offset);
-    }
     let gate = descriptor.segment();
-    if gate.dpl() < c.cpl.max(rpl(selector)) {
-        return c.raise(bad);
+    if gate.is_code_or_data() {
+        let code = c.same_level_code(&descriptor)?;
+        return same_level(c, Target { code, rip }, call.then_some(stack));
     }
     let long = c.long_mode();
+    let size = match gate.kind() {
+        system_type::CALL_GATE32 if long => 8,
+        system_type::CALL_GATE32 => 4,
+        _ => 2,
+    };
+    let valid = match gate.kind() {
+        system_type::CALL_GATE32 => true,
+        system_type::CALL_GATE16 | system_type::TASK_GATE => !long,
+        system_type::TSS16 | system_type::TSS32 => !long,
+        _ => false,
+    };
+    if !valid || gate.dpl() < c.cpl.max(rpl(selector)) {
+        return c.raise(bad);
+    }
+    if !gate.is_present() {
+        return c.raise(Exception::np(selector));
+    }
     let switch = if call { Switch::Call } else { Switch::Jump };
     match gate.kind() {
-        system_type::CALL_GATE32 => {
-            let size = if long { 8 } else { 4 };
+        system_type::CALL_GATE16 | system_type::CALL_GATE32 => {
             call_gate(c, &descriptor, size, call)
         }
-        system_type::CALL_GATE16 if !long => call_gate(c, &descriptor, 2, call),
-        system_type::TSS16 | system_type::TSS32 if !long => {
-            if !gate.is_present() {
-                return c.raise(Exception::np(selector));
-            }
-            c.switch_task_for_instruction(&descriptor, switch)
-        }
-        system_type::TASK_GATE if !long => {
-            let tss = c.task_gate(&descriptor, Exception::gp)?;
+        system_type::TASK_GATE => {
+            let tss = c.available_task((descriptor.raw >> 16) as u16)?;
             c.switch_task_for_instruction(&tss, switch)
         }
-        _ => c.raise(bad),
+        _ => c.switch_task_for_instruction(&descriptor, switch),
     }
 }
 
-/// Through a call gate; `size` is that of its pushes.
-fn call_gate(c: &mut Cpu, gate: &Descriptor, size: u64, call: bool) -> Exec {
-    if !gate.segment().is_present() {
-        return c.raise(Exception::np(gate.selector));
+/// Goes to `target` at the current privilege level; with a stack it is a call.
+fn same_level(c: &mut Cpu, target: Target, stack: Option<Frame>) -> Exec {
+    c.check_target(&target.code, target.rip)?;
+    if let Some(mut frame) = stack {
+        frame.push(c, c.segments[seg::CS as usize].selector.into())?;
+        frame.push(c, c.rip())?;
+        c.regs[gpr::RSP as usize] = frame.sp;
     }
-    let mut offset = gate.raw & 0xffff;
+    c.go(target.code, target.rip)
+}
+
+/// Through a call gate, which is present and may be used; `size` is that of its pushes.
+fn call_gate(c: &mut Cpu, gate: &Descriptor, size: u64, call: bool) -> Exec {
+    let mut rip = gate.raw & 0xffff;
     if size > 2 {
-        offset |= gate.raw >> 32 & 0xffff_0000;
+        rip |= gate.raw >> 32 & 0xffff_0000;
     }
     if size == 8 {
-        offset |= c.upper_half(gate, Exception::gp(gate.selector))? << 32;
+        rip |= c.upper_half(gate, Exception::gp(gate.selector))? << 32;
     }
     let selector = (gate.raw >> 16) as u16;
     if is_null(selector) {
@@ -120,40 +122,28 @@ fn call_gate(c: &mut Cpu, gate: &Descriptor, size: u64, call: bool) -> Exec {
         return c.raise(Exception::np(selector));
     }
     let code = c.accessed(&descriptor)?;
-    let (old_cs, old_rip) = (c.segments[seg::CS as usize].selector, c.rip());
     if !call || s.is_conforming() || s.dpl() == c.cpl {
-        c.check_target(&code, offset)?;
-        let mut frame = match size {
+        let stack = match size {
             8 => Frame::long(c.regs[gpr::RSP as usize], 8, false),
             _ => Frame::current(c, size),
         };
-        if call {
-            frame.push(c, old_cs.into())?;
-            frame.push(c, old_rip)?;
-        }
-        c.regs[gpr::RSP as usize] = frame.sp;
-        return c.go(code, offset);
+        return same_level(c, Target { code, rip }, call.then_some(stack));
     }
     let level = s.dpl();
-    let old_ss = c.segments[seg::SS as usize].selector;
     let (stack, mut frame) = c.inner_stack(level, 0, size)?;
-    c.check_target(&code, offset)?;
-    frame.push(c, old_ss.into())?;
+    c.check_target(&code, rip)?;
+    frame.push(c, c.segments[seg::SS as usize].selector.into())?;
     frame.push(c, c.regs[gpr::RSP as usize])?;
     let parameters = if size == 8 { 0 } else { gate.raw >> 32 & 31 };
     for i in (0..parameters).rev() {
-        let at = c.sp().wrapping_add(i * size);
-        let parameter = match size {
-            2 => c.stack_read::<u16>(at)?.into(),
-            _ => c.stack_read::<u32>(at)?.into(),
-        };
+        let parameter = c.popped(c.sp().wrapping_add(i * size), size)?;
         frame.push(c, parameter)?;
     }
-    frame.push(c, old_cs.into())?;
-    frame.push(c, old_rip)?;
+    frame.push(c, c.segments[seg::CS as usize].selector.into())?;
+    frame.push(c, c.rip())?;
     c.segments[seg::SS as usize] = stack;
     c.regs[gpr::RSP as usize] = frame.sp;
-    c.go_at_level(code, offset, level)
+    c.go_at_level(code, rip, level)
 }
 
 /// Far RET, releasing `release` bytes of parameters.

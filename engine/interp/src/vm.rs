@@ -188,9 +188,13 @@ impl Mailbox {
         }
     }
 
+    /// Takes back one request bit; whether it was set.
+    pub fn take(&self, bit: u32) -> bool {
+        self.requests.load(SeqCst) & bit != 0 && self.requests.fetch_and(!bit, SeqCst) & bit != 0
+    }
+
     /// Takes the messages that have arrived.
     pub fn take_messages(&self) -> Vec<Ipi> {
-        self.requests.fetch_and(!request::MAIL, SeqCst);
         std::mem::take(&mut *lock(&self.messages))
     }
 

@@ -45,7 +45,7 @@ pub trait Word: Copy + Eq + Debug + LowerHex + 'static {
 }
 
 macro_rules! word {
-    ($type:ty, $signed:ty, $class:ident, $modifier:literal, $acc:literal,
+    ($type:ty, $signed:ty, $class:ident, $modifier:literal, $acc:tt,
      |$regs:ident, $reg:ident| $get:expr, |$mregs:ident, $mreg:ident, $value:ident| $set:expr) => {
         impl Word for $type {
             const SIZE: u64 = size_of::<$type>() as u64;

@@ -132,6 +132,12 @@ impl Masked {
         })
     }
 
+    /// Whether a fault leaves the elements before it done, so that a repetition goes on with the one that faulted; otherwise a
+    /// repetition starts again with the first.
+    pub fn is_gather(&self) -> bool {
+        matches!(self.operation, Operation::Gather(_))
+    }
+
     /// Executes the instruction. After a fault it may be executed again, or abandoned.
     pub fn exec<G: Guest>(&self, guest: &mut G) -> Result<(), G::Fault> {
         match self.operation {
