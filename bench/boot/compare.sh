@@ -5,11 +5,12 @@
 #
 #   --kernel FILE     Linux bzImage
 #   --initrd FILE     its initramfs, which prints a line that --marker matches
-#   --marker REGEX    the initramfs's first output (default: LODGER-READY)
+#   --marker REGEX    that line, the initramfs's first output (default: Lodger mini:|LODGER-READY)
+#   --memtest FILE    memtest86+ for the test of that name (default: /boot/memtest86+x64.bin)
 #   --lodger FILE     the monitor under test (default: target/release/lodger)
 #   --engine NAME     its engine (default: interp)
 #   --monitors LIST   of lodger,bochs,qemu,native (default: all that are installed)
-#   --tests LIST      of boot,loop (default: both)
+#   --tests LIST      of boot,loop,memtest (default: boot,loop)
 #   --repeat N        repetitions; the table shows medians (default: 3)
 #   --cpu N           pin every monitor to host CPU N
 #   --memory MIB      guest memory (default: 512)
@@ -22,9 +23,11 @@
 #   boot   until the initramfs's first output, command line "console=ttyS0 panic=-1 quiet"
 #   init   until the first process runs (loop.c in place of the initramfs's own /init)
 #   loop   the integer loop of loop.c alone
-# boot and init count from the start of the monitor; Bochs cannot load a kernel itself, so its
+#   mtest  until memtest86+ (no Linux: bare metal, its own drivers) is in its first pass; its
+#          console's raw bytes are in DIR/MONITOR-memtest-N.console with --work DIR
+# boot, init and mtest count from the start of the monitor; Bochs cannot load a kernel itself, so its
 # time starts when GRUB hands over to the kernel. "cpu" is the CPU time that the monitor's
-# process used until the same line, which suffers less from other load on the host.
+# process used meanwhile: on a busy host its ratios mean more than those of wall time.
 # Repetitions go round robin, so a slow spell of the host hits every monitor.
 set -euo pipefail
 export LC_ALL=C
@@ -36,7 +39,7 @@ have() { command -v "$1" >/dev/null 2>&1; }
 in_list() { case ",$2," in *",$1,"*) ;; *) return 1 ;; esac; }
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-KERNEL='' INITRD='' MARKER=LODGER-READY
+KERNEL='' INITRD='' MARKER='Lodger mini:|LODGER-READY' MEMTEST='/boot/memtest86+x64.bin'
 LODGER=${CARGO_TARGET_DIR:-$HERE/../../target}/release/lodger ENGINE=interp
 MONITORS=lodger,bochs,qemu,native TESTS=boot,loop
 REPEAT=3 CPU='' MEMORY=512 TIMEOUT=180 WORK=''
@@ -46,7 +49,7 @@ while [ $# -gt 0 ]; do
 	case $1 in -h | --help) usage 0 ;; esac
 	[ $# -ge 2 ] || usage
 	case $1 in
-	--kernel) KERNEL=$2 ;; --initrd) INITRD=$2 ;; --marker) MARKER=$2 ;;
+	--kernel) KERNEL=$2 ;; --initrd) INITRD=$2 ;; --marker) MARKER=$2 ;; --memtest) MEMTEST=$2 ;;
 	--lodger) LODGER=$2 ;; --engine) ENGINE=$2 ;;
 	--monitors) MONITORS=$2 ;; --tests) TESTS=$2 ;;
 	--repeat) REPEAT=$2 ;; --cpu) CPU=$2 ;; --memory) MEMORY=$2 ;; --timeout) TIMEOUT=$2 ;;
@@ -55,7 +58,7 @@ while [ $# -gt 0 ]; do
 	esac
 	shift 2
 done
-[ -n "$KERNEL" ] && [ -n "$INITRD" ] || die "--kernel and --initrd are required (see --help)"
+if [ -z "$KERNEL" ] || [ -z "$INITRD" ]; then die "--kernel and --initrd are required (see --help)"; fi
 [ -r "$KERNEL" ] || die "cannot read $KERNEL"
 [ -r "$INITRD" ] || die "cannot read $INITRD"
 
@@ -95,9 +98,17 @@ PID=''
 KEEP=$WORK
 [ -n "$WORK" ] || WORK=$(mktemp -d)
 mkdir -p "$WORK"
+rm -f "$WORK"/{pid,console}
 WORK=$(cd "$WORK" && pwd)
+stop_monitor() { # its process, and for Bochs the script that it runs under
+	local pid
+	[ -n "$PID" ] || return 0
+	for pid in "$PID" $(cat "$WORK/pid" 2>/dev/null || true); do kill -KILL "$pid" 2>/dev/null || true; done
+	wait "$PID" 2>/dev/null || true
+	PID=''
+}
 cleanup() {
-	[ -z "$PID" ] || kill -KILL "$PID" 2>/dev/null || true
+	stop_monitor
 	[ -n "$KEEP" ] || rm -rf "$WORK"
 }
 trap cleanup EXIT
@@ -113,10 +124,15 @@ gcc -O2 -static -o "$WORK/bench-loop" "$HERE/loop.c" || die "cannot build loop.c
 } >"$WORK/initrd"
 cp -L "$KERNEL" "$WORK/kernel"
 
-append() { # TEST: the kernel's command line
+guest() { # TEST: sets the guest's KERNEL, INITRD (empty: none) and APPEND
+	KERNEL=$WORK/kernel INITRD=$WORK/initrd
 	case $1 in
-	boot) echo "console=ttyS0 panic=-1 quiet" ;;
-	loop) echo "console=ttyS0 panic=-1 quiet rdinit=/bench-loop" ;;
+	boot) APPEND="console=ttyS0 panic=-1 quiet" ;;
+	loop) APPEND="console=ttyS0 panic=-1 quiet rdinit=/bench-loop" ;;
+	memtest)
+		[ -r "$MEMTEST" ] || die "cannot read $MEMTEST: apt-get install memtest86+, or --memtest FILE"
+		KERNEL=$MEMTEST INITRD='' APPEND="console=ttyS0,115200"
+		;;
 	*) die "unknown test $1 (see --help)" ;;
 	esac
 }
@@ -124,13 +140,14 @@ append() { # TEST: the kernel's command line
 bochs_files() { # TEST: an ISO whose GRUB boots the kernel, and a configuration for it
 	local d=$WORK/bochs-$1
 	mkdir -p "$d/iso/boot/grub"
-	cp "$WORK/kernel" "$WORK/initrd" "$d/iso/boot/"
+	cp "$KERNEL" "$d/iso/boot/kernel"
+	[ -z "$INITRD" ] || cp "$INITRD" "$d/iso/boot/initrd"
 	cat >"$d/iso/boot/grub/grub.cfg" <<-END
 		serial --unit=0 --speed=115200
 		terminal_output serial
-		linux /boot/kernel $(append "$1")
-		initrd /boot/initrd
-		echo BENCH-HANDOVER
+		linux /boot/kernel $APPEND
+		${INITRD:+initrd /boot/initrd}
+		echo 'BENCH-HANDOVER[' # ends the line for the reader of every test
 		boot
 	END
 	grub-mkrescue -o "$d/boot.iso" "$d/iso" >"$d/mkrescue.log" 2>&1 || die "grub-mkrescue failed, see $d/mkrescue.log (--work)"
@@ -160,15 +177,15 @@ bochs_files() { # TEST: an ISO whose GRUB boots the kernel, and a configuration 
 
 # monitor MONITOR TEST: becomes the monitor, its guest's console on $WORK/console
 monitor() {
-	local pin=() d=$WORK/bochs-$2 args
-	args=$(append "$2")
+	local pin=() initrd=() d=$WORK/bochs-$2
+	[ -z "$INITRD" ] || initrd=(--initrd "$INITRD")
 	[ -z "$CPU" ] || pin=(taskset -c "$CPU")
 	case $1 in
 	lodger) exec "${pin[@]}" "$LODGER" run --engine "$ENGINE" --no-reboot --memory "${MEMORY}M" \
-		--kernel "$WORK/kernel" --initrd "$WORK/initrd" --append "$args" >"$WORK/console" ;;
+		--kernel "$KERNEL" "${initrd[@]}" --append "$APPEND" >"$WORK/console" ;;
 	qemu) exec "${pin[@]}" qemu-system-x86_64 -accel tcg -cpu max -machine q35 -m "$MEMORY" -no-reboot \
 		-nodefaults -display none -serial stdio \
-		-kernel "$WORK/kernel" -initrd "$WORK/initrd" -append "$args" >"$WORK/console" ;;
+		-kernel "$KERNEL" "${initrd[@]/#--/-}" -append "$APPEND" >"$WORK/console" ;;
 	# the terminal display wants a terminal, which script provides
 	bochs) TERM=xterm exec script -qefc "echo \$\$ >'$WORK/pid'; exec ${pin[*]} bochs-bin -q -f '$d/bochsrc' -rc '$d/rc'" /dev/null ;;
 	native) exec "${pin[@]}" "$WORK/bench-loop" >"$WORK/console" ;;
@@ -189,7 +206,9 @@ result() { echo "$1 $2 $3 $4" >>"$WORK/results"; }
 
 # run MONITOR TEST NUMBER: one boot, its results noted; fails when the last line does not come
 run() {
-	local mon=$1 test=$2 log=$WORK/$1-$2-$3 from line='' part='' pid wall cpu cpu_from=0 start=0 start_cpu=0 deadline ok=''
+	local mon=$1 test=$2 log=$WORK/$1-$2-$3 from line='' part='' pid wall cpu cpu_from=0 start=0 start_cpu=0 deadline ok='' end=$'\n'
+	[ "$test" != memtest ] || end='[' # it moves the cursor and writes no line ends
+	guest "$test"
 	rm -f "$WORK/console" "$WORK/pid"
 	mkfifo "$WORK/console"
 	exec 3<>"$WORK/console"
@@ -197,7 +216,7 @@ run() {
 	monitor "$mon" "$test" </dev/null >"$log.log" 2>&1 3<&- &
 	PID=$!
 	while [ -z "$ok" ]; do
-		if ! IFS= read -r -t 1 -u 3 line; then
+		if ! IFS= read -r -d "$end" -t 1 -u 3 line; then
 			part+=$line # what came of an unfinished line
 			kill -0 "$PID" 2>/dev/null || break
 			[ $SECONDS -lt $deadline ] || break
@@ -205,7 +224,7 @@ run() {
 		fi
 		wall=$(now)
 		line=$part$line part=''
-		printf '%s\n' "$line" >>"$log.console"
+		printf '%s%s' "$line" "$end" >>"$log.console"
 		pid=$PID
 		[ ! -s "$WORK/pid" ] || pid=$(cat "$WORK/pid")
 		cpu=$(cpu_time "$pid")
@@ -214,14 +233,13 @@ run() {
 		*BENCH-INIT*) [ "$mon" = native ] || result init "$mon" $((wall - from)) $((cpu - cpu_from)) ;;
 		*BENCH-START*) start=$wall start_cpu=$cpu ;;
 		*BENCH-END*) result loop "$mon" $((wall - start)) $((cpu - start_cpu)); echo "${line//[^ -~]/}" >>"$WORK/ends"; ok=1 ;;
+		"Address test"*) result mtest "$mon" $((wall - from)) $((cpu - cpu_from)); ok=1 ;; # its test #0
 		*) if [ "$test" = boot ] && [[ $line =~ $MARKER ]]; then
 			result boot "$mon" $((wall - from)) $((cpu - cpu_from)); ok=1
 		fi ;;
 		esac
 	done
-	for pid in "$PID" $(cat "$WORK/pid" 2>/dev/null || true); do kill -KILL "$pid" 2>/dev/null || true; done
-	wait "$PID" 2>/dev/null || true
-	PID=''
+	stop_monitor
 	exec 3<&-
 	[ -n "$ok" ]
 }
@@ -231,14 +249,14 @@ run() {
 : >"$WORK/results"
 : >"$WORK/ends"
 for t in ${TESTS//,/ }; do
-	append "$t" >/dev/null
+	guest "$t"
 	if in_list bochs "$(IFS=,; echo "${PRESENT[*]}")"; then bochs_files "$t"; fi
 done
 failed=0
 for ((n = 1; n <= REPEAT; n++)); do
 	for t in ${TESTS//,/ }; do
 		for m in "${PRESENT[@]}"; do
-			[ "$m/$t" != native/boot ] || continue
+			[ "$m" != native ] || [ "$t" = loop ] || continue
 			if run "$m" "$t" "$n"; then
 				say "run $n of $REPEAT: $t on $m"
 			else
@@ -275,14 +293,15 @@ awk -v count="$COUNT" '
 		return n[k] % 2 ? v[(n[k] + 1) / 2] : (v[n[k] / 2] + v[n[k] / 2 + 1]) / 2
 	}
 	END {
-		printf "%-6s %-8s %5s %9s  %-17s %9s %8s %12s\n", "test", "monitor", "runs", "wall s", "(min-max)", "cpu s", "M ins/s", "x Bochs"
-		split("boot init loop", tests, " "); split("lodger bochs qemu native", mons, " ")
-		for (i = 1; i <= 3; i++) for (j = 1; j <= 4; j++) {
+		printf "%-5s %-8s %4s %8s  %-15s %7s %8s  %s\n", "test", "monitor", "runs", "wall s", "(min-max)", "cpu s", "M ins/s", "speed, Bochs = 1: wall, cpu"
+		split("boot init loop mtest", tests, " "); split("lodger bochs qemu native", mons, " ")
+		for (i = 1; i <= 4; i++) for (j = 1; j <= 4; j++) {
 			k = tests[i] " " mons[j]; if (!n[k]) continue
 			b = tests[i] " bochs"; cpu = median(c, k); wall = median(w, k); range = sprintf("(%.2f-%.2f)", low, high)
 			rate = tests[i] == "loop" && count > 0 ? sprintf("%.0f", count / wall / 1e6) : "-"
-			printf "%-6s %-8s %5d %9.3f  %-17s %9.2f %8s %12s\n", tests[i], mons[j], n[k], wall, range, cpu, rate,
-				n[b] ? sprintf("%.2f", median(w, b) / wall) : "-"
+			printf "%-5s %-8s %4d %8.3f  %-15s %7s %8s  %s, %s\n", tests[i], mons[j], n[k], wall, range,
+				(cpu > 0 ? sprintf("%.2f", cpu) : "-"), rate, (n[b] ? sprintf("%.2f", median(w, b) / wall) : "-"),
+				(n[b] && cpu > 0 ? sprintf("%.2f", median(c, b) / cpu) : "-")
 		}
 	}' "$WORK/results"
 if [ "$failed" -gt 0 ]; then die "$failed failures"; fi
