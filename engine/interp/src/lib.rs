@@ -20,6 +20,7 @@ mod breakpoint;
 mod cpu;
 mod decode;
 mod exception;
+mod features;
 mod flow;
 mod fpu_state;
 mod frame;
@@ -42,4 +43,5 @@ mod transfer;
 mod vm;
 mod word;
 
+pub use features::host_features;
 pub use vm::InterpEngine;

@@ -11,6 +11,7 @@ use crate::cpu::{Cpu, Exec, Stop, gpr, seg};
 use crate::memory::canonical;
 use crate::op::Op;
 use crate::segment::privileged;
+use crate::transfer::WRITABLE_FLAGS;
 
 /// A flat code segment at a privilege level, 64-bit or 32-bit.
 fn code(selector: u16, level: u8, long: bool) -> Segment {
@@ -72,8 +73,9 @@ pub fn sysret(c: &mut Cpu, long: bool) -> Exec {
     let cs = (c.msrs.star >> 48) as u16;
     let rcx = c.regs[gpr::RCX as usize];
     if c.long64() {
-        let kept = (RFlags::RF | RFlags::VM).bits();
-        c.flags = c.regs[gpr::R11 as usize] & 0x003f_7fd5 & !kept | RFlags::FIXED.bits();
+        let cleared = (RFlags::RF | RFlags::VM).bits();
+        c.flags =
+            c.regs[gpr::R11 as usize] & WRITABLE_FLAGS & !cleared | RFlags::FIXED.bits();
     } else {
         c.flags |= RFlags::IF.bits();
     }

@@ -1,7 +1,7 @@
 //! Task-state segments: stacks of inner privilege levels, the I/O permission map, and hardware task switches
 //! (SDM vol. 3, chapter 7; vol. 1, 18.5.2).
 
-use lodger_x86::bits::{RFlags, cr0, dr6, dr7};
+use lodger_x86::bits::{RFlags, cr0, dr6};
 use lodger_x86::{Exception, Segment};
 
 use crate::cpu::{Cpu, Event, Exec, Stop, gpr, seg};
@@ -9,7 +9,7 @@ use crate::frame::Frame;
 use crate::segment::{
     Descriptor, fetch_ldt, is_null, null_stack, rpl, system_type, within,
 };
-use crate::transfer::v86_segment;
+use crate::transfer::{WRITABLE_FLAGS, v86_segment};
 
 /// Why a task is switched to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -270,12 +270,13 @@ impl Cpu {
             self.flush_local();
         }
         self.cr0 |= cr0::TS;
-        self.dr7 &= !dr7::LOCAL;
+        // The local enable bits.
+        self.dr7 &= !0x155;
         if image.trap {
             self.debug_trap |= dr6::BT;
             self.check_events = true;
         }
-        let mut flags = image.flags & 0x003f_7fd5 | RFlags::FIXED.bits();
+        let mut flags = image.flags & WRITABLE_FLAGS | RFlags::FIXED.bits();
         if switch.nests() {
             flags |= nested;
         }
@@ -373,7 +374,9 @@ impl Cpu {
         self.update_mode();
         self.ldtr = match fetch_ldt(self, image.ldt, Exception::ts) {
             Ok(ldt) => ldt,
-            Err(Stop::Fault) => return self.raise(Exception::ts(image.ldt)),
+            Err(Stop::Fault) if self.fault == Exception::np(image.ldt) => {
+                return self.raise(Exception::ts(image.ldt));
+            }
             Err(other) => return Err(other),
         };
         if self.v86() {

@@ -13,6 +13,9 @@ use crate::op::Op;
 use crate::segment::{Descriptor, is_null, rpl, system_type};
 use crate::task::Switch;
 
+/// The flags that exist and are not constant, but for VIF and VIP, which need virtual-8086 mode extensions.
+pub const WRITABLE_FLAGS: u64 = 0x0027_7fd5;
+
 /// Where a far transfer goes.
 #[derive(Clone, Copy)]
 struct Target {
@@ -227,8 +230,7 @@ fn return_to_v86(c: &mut Cpu, rip: u64, selector: u16, image: u64, sp: u64) -> E
     if rip > 0xffff {
         return c.gp0();
     }
-    let changeable = 0x0007_ffd7 | RFlags::AC.bits() | RFlags::ID.bits();
-    c.flags = image & changeable | RFlags::FIXED.bits();
+    c.flags = image & WRITABLE_FLAGS | RFlags::FIXED.bits();
     let selectors = [es as u16, selector, ss as u16, ds as u16, fs as u16, gs as u16];
     for (reg, selector) in c.segments.iter_mut().zip(selectors) {
         *reg = v86_segment(selector);

@@ -19,17 +19,20 @@ struct Shared {
     epoch: Instant,
     /// Guest time = host ns since `epoch` - `offset` (wrapping), unless paused.
     offset: AtomicU64,
+    /// The guest time at which the clock stands, or [`RUNNING`]. Written under the lock.
+    stands_at: AtomicU64,
     state: Mutex<State>,
     wake: Condvar,
 }
 
 struct State {
-    /// The guest time at which the clock stands, if paused.
-    paused_at: Option<Nanos>,
     /// (deadline, sequence number at arming); an entry whose sequence is outdated is skipped.
     queue: BinaryHeap<Reverse<Entry>>,
     stopping: bool,
 }
+
+/// In `stands_at`: the clock is running.
+const RUNNING: u64 = u64::MAX;
 
 struct Entry {
     deadline: Nanos,
@@ -71,8 +74,8 @@ impl LiveClock {
         let shared = Arc::new(Shared {
             epoch: Instant::now(),
             offset: AtomicU64::new(0),
+            stands_at: AtomicU64::new(RUNNING),
             state: Mutex::new(State {
-                paused_at: None,
                 queue: BinaryHeap::new(),
                 stopping: false,
             }),
@@ -97,6 +100,10 @@ impl Shared {
             .wrapping_sub(self.offset.load(Ordering::Acquire))
     }
 
+    fn paused(&self) -> bool {
+        self.stands_at.load(Ordering::Acquire) != RUNNING
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("a timer callback panicked")
     }
@@ -104,7 +111,7 @@ impl Shared {
     fn serve(&self) {
         let mut state = self.lock();
         while !state.stopping {
-            if state.paused_at.is_some() {
+            if self.paused() {
                 state = self.wake.wait(state).expect("a timer callback panicked");
                 continue;
             }
@@ -144,10 +151,10 @@ impl Shared {
 
 impl Clock for LiveClock {
     fn now(&self) -> Nanos {
-        // u64::MAX in `offset` would be a legal offset, so pausing is asked of the lock only when the
-        // fast answer may be wrong: `pause` parks the offset so that time stands at `paused_at`.
-        let state = self.shared.lock();
-        state.paused_at.unwrap_or_else(|| self.shared.running_now())
+        match self.shared.stands_at.load(Ordering::Acquire) {
+            RUNNING => self.shared.running_now(),
+            stands_at => stands_at,
+        }
     }
 
     fn wall(&self) -> Nanos {
@@ -167,28 +174,29 @@ impl Clock for LiveClock {
     }
 
     fn pause(&self) {
-        let mut state = self.shared.lock();
-        if state.paused_at.is_none() {
-            state.paused_at = Some(self.shared.running_now());
+        let _state = self.shared.lock();
+        if !self.shared.paused() {
+            let now = self.shared.running_now();
+            self.shared.stands_at.store(now, Ordering::Release);
         }
     }
 
     fn resume(&self) {
-        let mut state = self.shared.lock();
-        if let Some(at) = state.paused_at.take() {
+        let _state = self.shared.lock();
+        if self.shared.paused() {
+            let at = self.shared.stands_at.load(Ordering::Acquire);
             let offset = self.shared.host_now().wrapping_sub(at);
+            // In this order: a reader that sees the clock running sees the new offset.
             self.shared.offset.store(offset, Ordering::Release);
+            self.shared.stands_at.store(RUNNING, Ordering::Release);
         }
         self.shared.wake.notify_one();
     }
 
     fn set_now(&self, now: Nanos) {
-        let mut state = self.shared.lock();
-        assert!(
-            state.paused_at.is_some(),
-            "guest time is set on a running clock"
-        );
-        state.paused_at = Some(now);
+        let _state = self.shared.lock();
+        assert!(self.shared.paused(), "guest time is set on a running clock");
+        self.shared.stands_at.store(now, Ordering::Release);
     }
 }
 

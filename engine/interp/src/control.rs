@@ -1,0 +1,275 @@
+//! Control and debug registers, EFER, and what must be flushed when they change (SDM vol. 3, 2.5, 4.10.4, 9.8.5, 17.2).
+
+use lodger_x86::bits::{cr0, cr4, dr6, dr7, efer};
+use lodger_x86::{Exception, Vector};
+
+use crate::cpu::{Cpu, Exec, Stop, seg};
+use crate::op::Op;
+use crate::rare::{read_rm, register, write_system_word};
+use crate::segment::privileged;
+
+impl Cpu {
+    /// Drops all translations.
+    pub fn flush_all(&mut self) {
+        self.tlb.flush();
+        self.blocks.mapping_changed();
+    }
+
+    /// Drops all translations but those of global pages.
+    pub fn flush_local(&mut self) {
+        self.tlb.flush_local();
+        self.blocks.mapping_changed();
+    }
+
+    /// Drops the translation of the page at `linear`.
+    pub fn flush_page(&mut self, linear: u64) {
+        self.tlb.flush_page(linear);
+        self.blocks.mapping_changed();
+    }
+
+    /// The PDPTEs under new control registers, if those are in use; a bad one is #GP(0).
+    fn pdptes_under(&mut self, cr0: u64, cr3: u64, cr4: u64, efer: u64) -> Exec<[u64; 4]> {
+        let mut paging = self.paging();
+        (paging.cr0, paging.cr3, paging.cr4, paging.efer) = (cr0, cr3, cr4, efer);
+        if !paging.is_pae32() {
+            return Ok(self.pdptes);
+        }
+        match paging.load_pdptes(&self.vm.ram) {
+            Ok(pdptes) => Ok(pdptes),
+            Err(()) => self.gp0(),
+        }
+    }
+
+    /// Writes CR0.
+    fn set_cr0(&mut self, value: u64) -> Exec {
+        let new = value & cr0::ALL | cr0::ET;
+        let paged = new & cr0::PG != 0;
+        let inconsistent =
+            paged && new & cr0::PE == 0 || new & cr0::NW != 0 && new & cr0::CD == 0;
+        if value >> 32 != 0 || inconsistent {
+            return self.gp0();
+        }
+        let changed = new ^ self.cr0;
+        let mut new_efer = self.efer;
+        if changed & cr0::PG != 0 {
+            let refused = match (paged, self.efer & efer::LME != 0) {
+                (true, true) => {
+                    self.cr4 & cr4::PAE == 0 || self.segments[seg::CS as usize].is_long()
+                }
+                (true, false) => false,
+                (false, _) => self.long64() || self.cr4 & cr4::PCIDE != 0,
+            };
+            if refused {
+                return self.gp0();
+            }
+            new_efer &= !efer::LMA;
+            if paged && new_efer & efer::LME != 0 {
+                new_efer |= efer::LMA;
+            }
+        }
+        if changed & (cr0::PG | cr0::CD | cr0::NW) != 0 {
+            self.pdptes = self.pdptes_under(new, self.cr3, self.cr4, new_efer)?;
+        }
+        (self.cr0, self.efer) = (new, new_efer);
+        if changed & (cr0::PG | cr0::WP | cr0::PE) != 0 {
+            self.flush_all();
+        }
+        self.update_mode();
+        Ok(())
+    }
+
+    /// Writes CR3. Bit 63 (no flush, with PCIDs) may be ignored: flushing too much is always right.
+    fn set_cr3(&mut self, value: u64) -> Exec {
+        let value = match self.cr4 & cr4::PCIDE {
+            0 => value,
+            _ => value & !(1 << 63),
+        };
+        if self.long_mode() && value >> self.vm.physical_bits != 0 {
+            return self.gp0();
+        }
+        self.pdptes = self.pdptes_under(self.cr0, value, self.cr4, self.efer)?;
+        self.cr3 = value;
+        self.flush_local();
+        Ok(())
+    }
+
+    /// The bits of CR4 that the CPU model has. Virtual-8086 mode extensions are not there.
+    fn cr4_bits(&self) -> u64 {
+        let [_, _, ecx1, edx1] = self.cpuid(1, 0);
+        let [_, ebx7, ecx7, _] = self.cpuid(7, 0);
+        let features = [
+            (edx1, 2, cr4::DE),
+            (edx1, 3, cr4::PSE),
+            (edx1, 4, cr4::TSD),
+            (edx1, 6, cr4::PAE),
+            (edx1, 7, cr4::MCE),
+            (edx1, 13, cr4::PGE),
+            (edx1, 24, cr4::OSFXSR),
+            (edx1, 25, cr4::OSXMMEXCPT),
+            (ecx1, 17, cr4::PCIDE),
+            (ecx1, 26, cr4::OSXSAVE),
+            (ebx7, 0, cr4::FSGSBASE),
+            (ebx7, 7, cr4::SMEP),
+            (ebx7, 20, cr4::SMAP),
+            (ecx7, 2, cr4::UMIP),
+        ];
+        let present = features.iter().filter(|(word, bit, _)| word >> bit & 1 != 0);
+        present.fold(cr4::PCE, |bits, (_, _, feature)| bits | feature)
+    }
+
+    /// Writes CR4.
+    fn set_cr4(&mut self, value: u64) -> Exec {
+        let changed = value ^ self.cr4;
+        let pcid_on = changed & value & cr4::PCIDE != 0;
+        if value & !self.cr4_bits() != 0
+            || self.long_mode() && value & cr4::PAE == 0
+            || pcid_on && (!self.long_mode() || self.cr3 & 0xfff != 0)
+        {
+            return self.gp0();
+        }
+        if changed & (cr4::PAE | cr4::PSE | cr4::PGE | cr4::SMEP) != 0 {
+            self.pdptes = self.pdptes_under(self.cr0, self.cr3, value, self.efer)?;
+        }
+        self.cr4 = value;
+        let paging =
+            cr4::PAE | cr4::PSE | cr4::PGE | cr4::PCIDE | cr4::SMEP | cr4::SMAP;
+        if changed & paging != 0 {
+            self.flush_all();
+        }
+        self.update_mode();
+        Ok(())
+    }
+
+    /// Writes EFER.
+    pub(crate) fn set_efer(&mut self, value: u64) -> Exec {
+        let edx = self.cpuid(0x8000_0001, 0)[3];
+        let features = [(11, efer::SCE), (29, efer::LME | efer::LMA), (20, efer::NXE)];
+        let present = features.iter().filter(|(bit, _)| edx >> bit & 1 != 0);
+        let valid = present.fold(0, |bits, (_, feature)| bits | feature);
+        let new = value & !efer::LMA | self.efer & efer::LMA;
+        let changed = new ^ self.efer;
+        if value & !valid != 0 || changed & efer::LME != 0 && self.cr0 & cr0::PG != 0 {
+            return self.gp0();
+        }
+        self.efer = new;
+        if changed & efer::NXE != 0 {
+            self.flush_all();
+        }
+        self.update_mode();
+        Ok(())
+    }
+}
+
+/// MOV r, CRn.
+pub fn mov_from_cr(c: &mut Cpu, op: &Op) -> Exec {
+    privileged(c)?;
+    let value = match register(op, 1) {
+        0 => c.cr0,
+        2 => c.cr2,
+        3 => c.cr3,
+        4 => c.cr4,
+        8 => c.lapic.cr8(),
+        _ => return c.ud(),
+    };
+    write_whole(c, op, value)
+}
+
+/// MOV CRn, r.
+pub fn mov_to_cr(c: &mut Cpu, op: &Op) -> Exec {
+    privileged(c)?;
+    let value = read_whole(c, op);
+    match register(op, 0) {
+        0 => c.set_cr0(value)?,
+        2 => c.cr2 = value,
+        3 => c.set_cr3(value)?,
+        4 => c.set_cr4(value)?,
+        8 if value > 15 => return c.gp0(),
+        8 => {
+            c.lapic.set_cr8(value);
+            c.check_events = true;
+        }
+        _ => return c.ud(),
+    }
+    Err(Stop::EndBlock)
+}
+
+/// The number of a debug register: 4 and 5 are 6 and 7 unless debugging extensions are on. #DB if they are guarded.
+fn debug_register(c: &mut Cpu, number: u8) -> Exec<u8> {
+    let number = match number {
+        4 | 5 if c.cr4 & cr4::DE != 0 => return c.ud(),
+        4 | 5 => number + 2,
+        0..=7 => number,
+        _ => return c.ud(),
+    };
+    privileged(c)?;
+    if c.dr7 & dr7::GD != 0 {
+        c.dr6 |= dr6::BD;
+        return c.raise(Exception::plain(Vector::Debug));
+    }
+    Ok(number)
+}
+
+/// MOV r, DRn.
+pub fn mov_from_dr(c: &mut Cpu, op: &Op) -> Exec {
+    let value = match debug_register(c, register(op, 1))? {
+        6 => c.dr6,
+        7 => c.dr7,
+        n => c.dr[n as usize],
+    };
+    write_whole(c, op, value)
+}
+
+/// MOV DRn, r.
+pub fn mov_to_dr(c: &mut Cpu, op: &Op) -> Exec {
+    let number = debug_register(c, register(op, 0))?;
+    let value = read_whole(c, op);
+    if number >= 6 && value >> 32 != 0 {
+        return c.gp0();
+    }
+    match number {
+        6 => c.dr6 = value & 0xe00f | dr6::FIXED,
+        7 => c.dr7 = value & 0xffff_2bff | dr7::FIXED,
+        n => c.dr[n as usize] = value,
+    }
+    c.update_privilege();
+    Err(Stop::EndBlock)
+}
+
+/// CLTS.
+pub fn clts(c: &mut Cpu) -> Exec {
+    privileged(c)?;
+    c.cr0 &= !cr0::TS;
+    Err(Stop::EndBlock)
+}
+
+/// LMSW: PE can be set but not cleared.
+pub fn lmsw(c: &mut Cpu, op: &Op) -> Exec {
+    privileged(c)?;
+    let value = u64::from(read_rm::<u16>(c, op, 0)?);
+    let settable = cr0::PE | cr0::MP | cr0::EM | cr0::TS;
+    let kept = c.cr0 & !settable | c.cr0 & cr0::PE;
+    c.set_cr0(kept | value & settable)?;
+    Err(Stop::EndBlock)
+}
+
+/// SMSW: the low 16 bits to memory, as many as fit to a register.
+pub fn smsw(c: &mut Cpu, op: &Op) -> Exec {
+    c.check_umip()?;
+    write_system_word(c, op, c.cr0)
+}
+
+/// The general register operand of a MOV to a control or debug register, which is as wide as the mode.
+fn read_whole(c: &Cpu, op: &Op) -> u64 {
+    match c.long64() {
+        true => c.get::<u64>(op.src),
+        false => c.get::<u32>(op.src).into(),
+    }
+}
+
+fn write_whole(c: &mut Cpu, op: &Op, value: u64) -> Exec {
+    match c.long64() {
+        true => c.set(op.dst, value),
+        false => c.set(op.dst, value as u32),
+    }
+    Ok(())
+}
