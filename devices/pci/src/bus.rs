@@ -10,7 +10,7 @@ use lodger_device_model::IrqLine;
 use crate::PciDevice;
 use crate::config::{BAR0, BarKind, COMMAND, COMMAND_IO, COMMAND_MEMORY, INTERRUPT_LINE, Space};
 use crate::decode::Decoder;
-use crate::intx::{IntxRouter, line_of};
+use crate::intx::{IntxRouter, intx_line};
 
 /// Devices on a bus.
 const SLOTS: u8 = 32;
@@ -173,7 +173,7 @@ impl PciBus {
         for (slot, device) in self.devices() {
             let bars = (0..6).filter_map(|b| device.endpoint().bar(b).map(|k| (b, k)));
             wanted.extend(bars.map(|(bar, (kind, len))| (len, slot, bar, kind, device.clone())));
-            let line = resources.interrupts[line_of(slot)];
+            let line = resources.interrupts[intx_line(slot)];
             device.config_write(INTERRUPT_LINE, &[line]);
         }
         // Large ones first, so that alignment wastes nothing.

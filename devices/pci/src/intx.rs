@@ -12,7 +12,7 @@ pub(crate) struct IntxRouter {
 }
 
 /// Which of the lines A to D (0 to 3) pin A of device `slot` is wired to: the usual swizzle, (slot + pin) modulo 4.
-pub(crate) fn line_of(slot: u8) -> usize {
+pub fn intx_line(slot: u8) -> usize {
     usize::from(slot) % 4
 }
 
@@ -34,7 +34,7 @@ impl IntxRouter {
         } else {
             *asserted & !bit
         };
-        let line = line_of(slot as u8);
+        let line = intx_line(slot as u8);
         let high = *asserted & (0x1111_1111 << line) != 0;
         (&self.lines[line], high, asserted)
     }

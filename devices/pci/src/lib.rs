@@ -26,6 +26,7 @@ pub use config::{
 };
 pub use endpoint::{Endpoint, MsixPlace, SavedEndpoint};
 pub use host::{CONFIG_PORTS, CONFIG_PORTS_LEN, ECAM_BUS_SIZE, HostBridge};
+pub use intx::intx_line;
 pub use msix::{CONTROL_ENABLE, CONTROL_MASK_ALL, Msix, SavedMsix};
 
 /// A device on the PCI bus.

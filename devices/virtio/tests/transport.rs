@@ -18,8 +18,13 @@ const BUFFERS: u64 = 0x4_0000;
 /// Two queues. On queue 0 every chain's readable bytes are copied to its writable ones; on queue 1 chains are rejected.
 #[derive(Default)]
 struct Echo {
-    active: Mutex<Option<(u64, Vec<Arc<Queue>>, ConfigChange)>>,
+    active: Mutex<Option<Active>>,
     config: Mutex<[u8; 8]>,
+}
+
+struct Active {
+    queues: Vec<Arc<Queue>>,
+    change: ConfigChange,
 }
 
 impl VirtioDevice for Echo {
@@ -49,15 +54,23 @@ impl VirtioDevice for Echo {
         {
             *c = *d;
         }
-        if let Some((_, _, change)) = &*self.active.lock().unwrap() {
-            change.notify();
+        if let Some(active) = &*self.active.lock().unwrap() {
+            active.change.notify();
         }
     }
     fn activate(&self, a: Activation) {
-        *self.active.lock().unwrap() = Some((a.features, a.queues, a.config_change));
+        *self.active.lock().unwrap() = Some(Active {
+            queues: a.queues,
+            change: a.config_change,
+        });
     }
     fn notify(&self, queue: u16) {
-        let queues = self.active.lock().unwrap().as_ref().map(|a| a.1.clone());
+        let queues = self
+            .active
+            .lock()
+            .unwrap()
+            .as_ref()
+            .map(|a| a.queues.clone());
         let Some(queues) = queues else { return };
         while let Some(chain) = queues[usize::from(queue)].pop() {
             if queue == 1 {
@@ -438,7 +451,7 @@ fn rings_outside_ram_break_the_device_when_it_gets_ready() {
         (RAM, good.1, good.2),
         (good.0, RAM - 4, good.2),
         (good.0, good.1, RAM / 2 - 8),
-        (good.0, good.1, u64::MAX & !3),
+        (good.0, good.1, !3),
         (good.0 + 8, good.1, good.2),
         (good.0, good.1 + 1, good.2),
         (good.0, good.1, good.2 + 2),
