@@ -81,6 +81,11 @@ pub trait Engine: Send + Sync {
     /// Whether it can run on this host at all; the error tells why not.
     fn probe(&self) -> Result<Capabilities, EngineError>;
 
+    /// Why [`Capabilities::stock_guests`] is false, for a person to read; `None` if it is true, or the engine does not know.
+    fn stock_guest_problem(&self) -> Option<String> {
+        None
+    }
+
     /// Makes a VM. Its vCPUs are in the reset state until a state is loaded.
     fn create_vm(&self, config: VmConfig) -> Result<Arc<dyn EngineVm>, EngineError>;
 }
