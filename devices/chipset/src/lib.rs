@@ -14,6 +14,7 @@ mod alarm;
 mod calendar;
 mod debug_ports;
 mod dwords;
+mod fw_cfg;
 mod i8042;
 mod i8042_registers;
 mod ioapic;
@@ -40,6 +41,7 @@ pub use debug_ports::{
     DEBUG_CONSOLE_PORT, DEBUG_EXIT_LEN, DEBUG_EXIT_PORT, DebugConsole, DebugExit,
     FIRMWARE_CONSOLE_PORT,
 };
+pub use fw_cfg::{FW_CFG_LEN, FW_CFG_PORT, FwCfg, FwCfgConfig, FwCfgError, fw_cfg_keys};
 pub use i8042::{FAST_A20_PORT, I8042, I8042_COMMAND_PORT, I8042_DATA_PORT, I8042_IRQ};
 pub use ioapic::{IOAPIC_BASE, IOAPIC_LEN, IOAPIC_PINS, Ioapic, IoapicConfig};
 pub use pic::{PIC_ELCR_PORT, PIC_LEN, PIC_MASTER_PORT, PIC_SLAVE_PORT, Pic};
