@@ -444,13 +444,15 @@ fn says_no_package(stderr: &[u8]) -> bool {
     .any(|phrase| text.contains(phrase))
 }
 
-/// What a program complained of: its errors and warnings, or else its last line.
+/// What a program complained of: its first errors and warnings, or else its last
+/// line.
 fn complaints(stderr: &[u8]) -> String {
     let text = String::from_utf8_lossy(stderr);
     let marked = text
         .lines()
         .filter_map(|line| line.strip_prefix("E: ").or(line.strip_prefix("W: ")))
-        .take(4)
+        .map(|line| line.trim_end_matches('.'))
+        .take(2)
         .collect::<Vec<_>>();
     if marked.is_empty() {
         return text
@@ -510,7 +512,7 @@ mod tests {
         for (stderr, expected) in [
             ("", ""),
             ("one\ntwo\n", "two"),
-            ("W: a\nnoise\nE: b\n", "a; b"),
+            ("W: a.\nnoise\nE: b\nE: c\n", "a; b"),
         ] {
             assert_eq!(complaints(stderr.as_bytes()), expected);
         }

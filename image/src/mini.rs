@@ -98,12 +98,13 @@ fn choose_packages(apt: &Apt) -> Result<Vec<String>> {
             package: KERNEL_META_PACKAGE.to_owned(),
             reason: "it does not depend on a kernel".to_owned(),
         })?;
-    // From some release on, a kernel comes in several packages.
-    let parts = apt
+    // Newer releases split a kernel into several packages: linux-PART-RELEASE.
+    let release = kernel.trim_start_matches("linux-image");
+    let mut packages: Vec<String> = apt
         .dependencies(&kernel)?
         .into_iter()
-        .filter(|name| name.starts_with("linux-binary-") || name.starts_with("linux-modules-"));
-    let mut packages: Vec<String> = parts.collect();
+        .filter(|name| name.starts_with("linux-") && name.ends_with(release))
+        .collect();
     packages.push(kernel);
     packages.push(BUSYBOX_PACKAGE.to_owned());
     Ok(packages)
@@ -123,16 +124,21 @@ impl Kernel {
             package: package.clone(),
             reason: format!("it has no {what}"),
         };
-        let boot = root.join("boot");
-        let release = fs::read_dir(&boot)
-            .while_trying("read", &boot)?
-            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-            .find_map(|name| Some(name.strip_prefix("vmlinuz-")?.to_owned()))
-            .ok_or_else(|| missing("boot/vmlinuz-*"))?;
-        let modules =
-            find(root, &format!("lib/modules/{release}")).ok_or_else(|| missing("lib/modules"))?;
+        let all = find(root, "lib/modules").ok_or_else(|| missing("lib/modules"))?;
+        let release = fs::read_dir(&all)
+            .while_trying("read", &all)?
+            .find_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .ok_or_else(|| missing("lib/modules/*"))?;
+        let modules = all.join(&release);
+        let image = [
+            root.join(format!("boot/vmlinuz-{release}")),
+            modules.join("vmlinuz"),
+        ]
+        .into_iter()
+        .find(|path| path.exists())
+        .ok_or_else(|| missing("vmlinuz"))?;
         Ok(Kernel {
-            image: boot.join(format!("vmlinuz-{release}")),
+            image,
             modules: Modules::open(&modules, &package)?,
             release,
         })
@@ -179,8 +185,81 @@ fn initrd(kernel: &Kernel, busybox: Vec<u8>) -> Result<Tree> {
         0o644,
         modules_dep(&modules).into(),
     );
+    // So that modprobe is content with names of what is built in.
+    tree.file(
+        &format!("{dir}/modules.builtin"),
+        0o644,
+        kernel.modules.builtin_list.as_str().into(),
+    );
     for module in modules {
         tree.file(&format!("{dir}/{}", module.path), 0o644, module.data);
     }
     Ok(tree)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    /// A directory like the one that packages are unpacked into.
+    fn unpacked(files: &[(&str, &[u8])]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        for (path, data) in files {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, data).unwrap();
+        }
+        root
+    }
+
+    #[test]
+    fn kernels_of_older_and_newer_releases_are_found() {
+        for (image, modules) in [
+            ("boot/vmlinuz-6.1-cloud", "lib/modules/6.1-cloud"),
+            ("boot/vmlinuz-6.1-cloud", "usr/lib/modules/6.1-cloud"),
+            (
+                "usr/lib/modules/6.1-cloud/vmlinuz",
+                "usr/lib/modules/6.1-cloud",
+            ),
+        ] {
+            let root = unpacked(&[
+                (image, b"kernel"),
+                (&format!("{modules}/modules.builtin"), b""),
+                (&format!("{modules}/kernel/a.ko"), b""),
+            ]);
+            let kernel = Kernel::find(root.path(), &[]).unwrap();
+            assert_eq!(kernel.release, "6.1-cloud");
+            assert_eq!(kernel.image, root.path().join(image));
+        }
+    }
+
+    #[test]
+    fn what_a_kernel_package_lacks_is_named() {
+        for (files, expected) in [
+            (&[][..], "it has no lib/modules."),
+            (
+                &[("lib/modules/6.1/modules.builtin", &b""[..])],
+                "it has no vmlinuz.",
+            ),
+        ] {
+            let root = unpacked(files);
+            let error = Kernel::find(root.path(), &[]).err().unwrap().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn init_is_a_shell_script() {
+        let mut shell = Command::new("sh")
+            .arg("-n")
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut input = shell.stdin.take().unwrap();
+        input.write_all(INIT.as_bytes()).unwrap();
+        drop(input);
+        assert!(shell.wait().unwrap().success());
+    }
 }

@@ -25,7 +25,9 @@ pub(crate) struct Modules {
     dir: PathBuf,
     /// Path below `dir` of each loadable module, by name.
     loadable: BTreeMap<String, String>,
-    /// Names of the modules that are part of the kernel itself.
+    /// The file `modules.builtin`: those that are part of the kernel itself.
+    pub(crate) builtin_list: String,
+    /// Their names.
     builtin: HashSet<String>,
 }
 
@@ -45,12 +47,13 @@ impl Modules {
     /// Reads the index of the modules in `dir`, which came out of `package`.
     pub(crate) fn open(dir: &Path, package: &str) -> Result<Modules> {
         let list = dir.join("modules.builtin");
-        let builtin = fs::read_to_string(&list).while_trying("read", &list)?;
+        let builtin_list = fs::read_to_string(&list).while_trying("read", &list)?;
         let mut modules = Modules {
             package: package.to_owned(),
             dir: dir.to_owned(),
             loadable: BTreeMap::new(),
-            builtin: builtin.lines().filter_map(module_name).collect(),
+            builtin: builtin_list.lines().filter_map(module_name).collect(),
+            builtin_list,
         };
         modules.scan("kernel")?;
         Ok(modules)
