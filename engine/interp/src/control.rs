@@ -44,8 +44,7 @@ impl Cpu {
     fn set_cr0(&mut self, value: u64) -> Exec {
         let new = value & cr0::ALL | cr0::ET;
         let paged = new & cr0::PG != 0;
-        let inconsistent =
-            paged && new & cr0::PE == 0 || new & cr0::NW != 0 && new & cr0::CD == 0;
+        let inconsistent = paged && new & cr0::PE == 0 || new & cr0::NW != 0 && new & cr0::CD == 0;
         if value >> 32 != 0 || inconsistent {
             return self.gp0();
         }
@@ -93,35 +92,11 @@ impl Cpu {
         Ok(())
     }
 
-    /// The bits of CR4 that the CPU model has. Virtual-8086 mode extensions are not there.
-    fn cr4_bits(&self) -> u64 {
-        let [_, _, ecx1, edx1] = self.cpuid(1, 0);
-        let [_, ebx7, ecx7, _] = self.cpuid(7, 0);
-        let features = [
-            (edx1, 2, cr4::DE),
-            (edx1, 3, cr4::PSE),
-            (edx1, 4, cr4::TSD),
-            (edx1, 6, cr4::PAE),
-            (edx1, 7, cr4::MCE),
-            (edx1, 13, cr4::PGE),
-            (edx1, 24, cr4::OSFXSR),
-            (edx1, 25, cr4::OSXMMEXCPT),
-            (ecx1, 17, cr4::PCIDE),
-            (ecx1, 26, cr4::OSXSAVE),
-            (ebx7, 0, cr4::FSGSBASE),
-            (ebx7, 7, cr4::SMEP),
-            (ebx7, 20, cr4::SMAP),
-            (ecx7, 2, cr4::UMIP),
-        ];
-        let present = features.iter().filter(|(word, bit, _)| word >> bit & 1 != 0);
-        present.fold(cr4::PCE, |bits, (_, _, feature)| bits | feature)
-    }
-
     /// Writes CR4.
     fn set_cr4(&mut self, value: u64) -> Exec {
         let changed = value ^ self.cr4;
         let pcid_on = changed & value & cr4::PCIDE != 0;
-        if value & !self.cr4_bits() != 0
+        if value & !self.vm.cr4_bits != 0
             || self.long_mode() && value & cr4::PAE == 0
             || pcid_on && (!self.long_mode() || self.cr3 & 0xfff != 0)
         {
@@ -131,8 +106,7 @@ impl Cpu {
             self.pdptes = self.pdptes_under(self.cr0, self.cr3, value, self.efer)?;
         }
         self.cr4 = value;
-        let paging =
-            cr4::PAE | cr4::PSE | cr4::PGE | cr4::PCIDE | cr4::SMEP | cr4::SMAP;
+        let paging = cr4::PAE | cr4::PSE | cr4::PGE | cr4::PCIDE | cr4::SMEP | cr4::SMAP;
         if changed & paging != 0 {
             self.flush_all();
         }
@@ -142,13 +116,9 @@ impl Cpu {
 
     /// Writes EFER.
     pub(crate) fn set_efer(&mut self, value: u64) -> Exec {
-        let edx = self.cpuid(0x8000_0001, 0)[3];
-        let features = [(11, efer::SCE), (29, efer::LME | efer::LMA), (20, efer::NXE)];
-        let present = features.iter().filter(|(bit, _)| edx >> bit & 1 != 0);
-        let valid = present.fold(0, |bits, (_, feature)| bits | feature);
         let new = value & !efer::LMA | self.efer & efer::LMA;
         let changed = new ^ self.efer;
-        if value & !valid != 0 || changed & efer::LME != 0 && self.cr0 & cr0::PG != 0 {
+        if value & !self.vm.efer_bits != 0 || changed & efer::LME != 0 && self.cr0 & cr0::PG != 0 {
             return self.gp0();
         }
         self.efer = new;

@@ -36,9 +36,10 @@ impl Event {
     fn sets_rf(self) -> bool {
         use Vector::*;
         match self {
-            Event::Exception(e) => {
-                !matches!(e.vector, Debug | Nmi | Breakpoint | Overflow | DoubleFault | MachineCheck)
-            }
+            Event::Exception(e) => !matches!(
+                e.vector,
+                Debug | Nmi | Breakpoint | Overflow | DoubleFault | MachineCheck
+            ),
             _ => false,
         }
     }
@@ -47,7 +48,10 @@ impl Event {
 /// The vectors whose error code is a selector or vector with the EXT bit.
 fn has_ext_bit(vector: Vector) -> bool {
     use Vector::*;
-    matches!(vector, InvalidTss | SegmentNotPresent | StackFault | GeneralProtection)
+    matches!(
+        vector,
+        InvalidTss | SegmentNotPresent | StackFault | GeneralProtection
+    )
 }
 
 impl Cpu {
@@ -105,7 +109,12 @@ impl Cpu {
 
     /// The flags as the handler finds them on its stack.
     fn saved_flags(&self, event: Event) -> u64 {
-        self.flags | if event.sets_rf() { RFlags::RF.bits() } else { 0 }
+        self.flags
+            | if event.sets_rf() {
+                RFlags::RF.bits()
+            } else {
+                0
+            }
     }
 
     fn deliver_real(&mut self, vector: u8) -> Exec<Option<Exception>> {
@@ -147,7 +156,11 @@ impl Cpu {
             let flags = self.saved_flags(event);
             return self.switch_task(&tss, Switch::Interrupt, flags, event.error());
         }
-        let size = if gate.kind() >= INTERRUPT_GATE32 { 4 } else { 2 };
+        let size = if gate.kind() >= INTERRUPT_GATE32 {
+            4
+        } else {
+            2
+        };
         let mut rip = raw & 0xffff;
         if size == 4 {
             rip |= raw >> 32 & 0xffff_0000;
@@ -160,10 +173,7 @@ impl Cpu {
         let (stack, mut frame) = if inner {
             self.inner_stack(code.dpl(), 0, size)?
         } else {
-            (
-                self.segments[seg::SS as usize],
-                Frame::current(self, size),
-            )
+            (self.segments[seg::SS as usize], Frame::current(self, size))
         };
         self.check_target(&code, rip)?;
         if v86 {

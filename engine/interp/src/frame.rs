@@ -36,7 +36,11 @@ impl Frame {
 
     /// The stack of an inner privilege level outside of 64-bit mode.
     pub fn inner(segment: Segment, sp: u64, size: u64) -> Frame {
-        let mask = if segment.is_big() { 0xffff_ffff } else { 0xffff };
+        let mask = if segment.is_big() {
+            0xffff_ffff
+        } else {
+            0xffff
+        };
         Frame {
             // The part of ESP above a 16-bit stack pointer stays as it is.
             sp: if segment.is_big() { sp & mask } else { sp },

@@ -366,7 +366,7 @@ impl Cpu {
 
     /// A write to RAM that did not go through a TLB entry. Code that is being executed may have changed.
     #[inline]
-    fn wrote(&mut self, physical: u64) {
+    pub(crate) fn wrote(&mut self, physical: u64) {
         if let Some(page) = self.vm.ram.page(physical)
             && page.tracker.note_write(page.index)
         {

@@ -79,12 +79,7 @@ impl Cpu {
         }
         Ok(match number {
             TSC => self.tsc(),
-            APIC_BASE | TSC_DEADLINE | X2APIC_FIRST..=X2APIC_LAST => {
-                match self.lapic_msr_read(number) {
-                    Some(value) => value,
-                    None => return self.gp0(),
-                }
-            }
+            APIC_BASE | TSC_DEADLINE | X2APIC_FIRST..=X2APIC_LAST => self.lapic_msr_read(number)?,
             BIOS_SIGN_ID | MCG_CAP | MCG_STATUS | DEBUG_CTL => 0,
             MTRR_CAP => MTRR_CAPABILITIES,
             SYSENTER_CS => self.msrs.sysenter_cs,
@@ -120,7 +115,13 @@ impl Cpu {
         let bytes = value.to_le_bytes();
         let above_memory = value >> self.vm.physical_bits != 0;
         let address = [
-            SYSENTER_ESP, SYSENTER_EIP, LSTAR, CSTAR, FS_BASE, GS_BASE, KERNEL_GS_BASE,
+            SYSENTER_ESP,
+            SYSENTER_EIP,
+            LSTAR,
+            CSTAR,
+            FS_BASE,
+            GS_BASE,
+            KERNEL_GS_BASE,
         ];
         let variable = MTRR_PHYS_BASE0..=MTRR_PHYS_MASK7;
         let invalid = match number {
@@ -148,9 +149,7 @@ impl Cpu {
                 self.write_system_time();
             }
             APIC_BASE | TSC_DEADLINE | X2APIC_FIRST..=X2APIC_LAST => {
-                if !self.lapic_msr_write(number, value) {
-                    return self.gp0();
-                }
+                self.lapic_msr_write(number, value)?;
             }
             BIOS_SIGN_ID | MCG_STATUS | DEBUG_CTL => {}
             SYSENTER_CS => self.msrs.sysenter_cs = value,

@@ -68,7 +68,11 @@ pub fn rpl(selector: u16) -> u8 {
 pub fn within(segment: &Segment, offset: u64, len: u64) -> bool {
     let last = offset.wrapping_add(len - 1);
     if segment.is_expand_down() {
-        let top = if segment.is_big() { 0xffff_ffff } else { 0xffff };
+        let top = if segment.is_big() {
+            0xffff_ffff
+        } else {
+            0xffff
+        };
         offset > u64::from(segment.limit) && last <= top
     } else {
         last <= u64::from(segment.limit)
@@ -333,12 +337,6 @@ pub fn mov_to_segment(c: &mut Cpu, op: &Op) -> Exec {
     c.load_segment(reg, selector)?;
     c.shadow |= reg == seg::SS;
     Err(Stop::EndBlock)
-}
-
-/// MOV r/m, Sreg: a register destination of 32 or 64 bits is zero-extended, memory is 16 bits.
-pub fn mov_from_segment(c: &mut Cpu, op: &Op) -> Exec {
-    let selector = c.segments[register(op, 1) as usize].selector;
-    crate::rare::write_selector(c, op, selector.into())
 }
 
 /// PUSH Sreg at an operand size of `size` bytes.

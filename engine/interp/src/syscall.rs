@@ -74,8 +74,7 @@ pub fn sysret(c: &mut Cpu, long: bool) -> Exec {
     let rcx = c.regs[gpr::RCX as usize];
     if c.long64() {
         let cleared = (RFlags::RF | RFlags::VM).bits();
-        c.flags =
-            c.regs[gpr::R11 as usize] & WRITABLE_FLAGS & !cleared | RFlags::FIXED.bits();
+        c.flags = c.regs[gpr::R11 as usize] & WRITABLE_FLAGS & !cleared | RFlags::FIXED.bits();
     } else {
         c.flags |= RFlags::IF.bits();
     }

@@ -2,13 +2,11 @@
 //! (SDM vol. 3, chapter 7; vol. 1, 18.5.2).
 
 use lodger_x86::bits::{RFlags, cr0, dr6};
-use lodger_x86::{Exception, Segment};
+use lodger_x86::{Exception, Segment, Vector};
 
 use crate::cpu::{Cpu, Event, Exec, Stop, gpr, seg};
 use crate::frame::Frame;
-use crate::segment::{
-    Descriptor, fetch_ldt, is_null, null_stack, rpl, system_type, within,
-};
+use crate::segment::{Descriptor, fetch_ldt, is_null, null_stack, rpl, system_type, within};
 use crate::transfer::{WRITABLE_FLAGS, v86_segment};
 
 /// Why a task is switched to.
@@ -251,7 +249,11 @@ impl Cpu {
         }
 
         let nested = RFlags::NT.bits();
-        let flags = if switch == Switch::Return { flags & !nested } else { flags };
+        let flags = if switch == Switch::Return {
+            flags & !nested
+        } else {
+            flags
+        };
         self.save_task(flags)?;
         if switch.nests() {
             self.set_word_at(new.base, 0, 2, self.tr.selector.into())?;
@@ -272,10 +274,6 @@ impl Cpu {
         self.cr0 |= cr0::TS;
         // The local enable bits.
         self.dr7 &= !0x155;
-        if image.trap {
-            self.debug_trap |= dr6::BT;
-            self.check_events = true;
-        }
         let mut flags = image.flags & WRITABLE_FLAGS | RFlags::FIXED.bits();
         if switch.nests() {
             flags |= nested;
@@ -298,6 +296,10 @@ impl Cpu {
                 Err(Stop::Io) => return Ok(Some(Exception::SS0)),
                 Err(_) => return Ok(Some(self.fault)),
             }
+        }
+        if image.trap {
+            self.dr6 |= dr6::BT;
+            return Ok(Some(Exception::plain(Vector::Debug)));
         }
         Ok(None)
     }

@@ -231,7 +231,9 @@ fn return_to_v86(c: &mut Cpu, rip: u64, selector: u16, image: u64, sp: u64) -> E
         return c.gp0();
     }
     c.flags = image & WRITABLE_FLAGS | RFlags::FIXED.bits();
-    let selectors = [es as u16, selector, ss as u16, ds as u16, fs as u16, gs as u16];
+    let selectors = [
+        es as u16, selector, ss as u16, ds as u16, fs as u16, gs as u16,
+    ];
     for (reg, selector) in c.segments.iter_mut().zip(selectors) {
         *reg = v86_segment(selector);
     }
