@@ -1,0 +1,79 @@
+//! The escape key: Ctrl-A, as in QEMU's `-nographic` and GNU screen.
+
+/// What `Ctrl-A h` prints, and what a user is told at the start.
+const HELP: &str = "\
+Ctrl-A x    end the machine and leave
+Ctrl-A h    this help
+Ctrl-A Ctrl-A    send Ctrl-A to the guest";
+
+const KEY: u8 = 0x01;
+
+/// Takes the escape sequences out of what is typed.
+#[derive(Debug, Default)]
+pub struct Escape {
+    /// The key was pressed last.
+    armed: bool,
+}
+
+/// What an escape sequence asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Command {
+    Quit,
+    Help,
+}
+
+impl Escape {
+    /// The sequences, a line each.
+    pub const HELP: &str = HELP;
+
+    /// Appends to `data` what of `typed` is for the guest, and returns what was asked for meanwhile. What follows an escape
+    /// key and means nothing is dropped together with it.
+    pub(crate) fn filter(&mut self, typed: &[u8], data: &mut Vec<u8>) -> Vec<Command> {
+        let mut commands = Vec::new();
+        for &byte in typed {
+            if !std::mem::take(&mut self.armed) {
+                match byte {
+                    KEY => self.armed = true,
+                    _ => data.push(byte),
+                }
+                continue;
+            }
+            match byte {
+                b'x' | b'X' => commands.push(Command::Quit),
+                b'h' | b'H' | b'?' => commands.push(Command::Help),
+                KEY => data.push(KEY),
+                _ => {}
+            }
+        }
+        commands
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sequences_are_taken_out_even_across_reads() {
+        use Command::{Help, Quit};
+        /// What is read, what the guest gets, what is asked for.
+        type Case = (&'static [&'static [u8]], &'static [u8], &'static [Command]);
+        let cases: &[Case] = &[
+            (&[b"ls\r"], b"ls\r", &[]),
+            (&[b"a\x01xb"], b"ab", &[Quit]),
+            (&[b"a\x01", b"x"], b"a", &[Quit]),
+            (&[b"\x01h\x01?\x01X"], b"", &[Help, Help, Quit]),
+            (&[b"\x01\x01x"], b"\x01x", &[]),
+            (&[b"\x01qx"], b"x", &[]),
+            (&[b"\x03\x1a\x1c\xff\0"], b"\x03\x1a\x1c\xff\0", &[]),
+        ];
+        for (reads, data, commands) in cases {
+            let mut escape = Escape::default();
+            let (mut got, mut asked) = (Vec::new(), Vec::new());
+            for read in *reads {
+                asked.extend(escape.filter(read, &mut got));
+            }
+            assert_eq!((&got[..], &asked[..]), (*data, *commands), "{reads:?}");
+        }
+    }
+}
