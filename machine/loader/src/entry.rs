@@ -91,7 +91,7 @@ fn page_tables(placement: &mut Placement) -> Result<u64, Reason> {
         tables[(ENTRIES + i) as usize] = (directories + i * PAGE) | PRESENT_WRITABLE;
     }
     for i in 0..4 * ENTRIES {
-        tables[(2 * ENTRIES + i) as usize] = i * LARGE_PAGE | PRESENT_WRITABLE | LARGE;
+        tables[(2 * ENTRIES + i) as usize] = (i * LARGE_PAGE) | PRESENT_WRITABLE | LARGE;
     }
     let bytes: Vec<u8> = tables.into_iter().flat_map(u64::to_le_bytes).collect();
     placement.memory.write(pml4, &bytes)?;

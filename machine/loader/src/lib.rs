@@ -142,7 +142,7 @@ pub fn load(
                     }
                     Err(reason) => why = reason.to_string(),
                 }
-                why = format!(", decompressed by the guest ({why})");
+                why = format!(", as it is ({why})");
             }
             let mut plan = bzimage.plan().map_err(in_kernel)?;
             plan.description += &why;
@@ -177,6 +177,7 @@ fn finish(
     let in_kernel = |reason| LoadError::new(&source.kernel, reason);
     let append = command_line(&source.append, plan.append_limit).map_err(in_kernel)?;
     plan.write(memory).map_err(in_kernel)?;
+    placement.write_bios_data().map_err(in_kernel)?;
     let rsdp = placement.place_tables(acpi).map_err(in_kernel)?;
     let initrd = match &source.initrd {
         Some(initrd) => Some(

@@ -168,6 +168,19 @@ impl<'a> Placement<'a> {
         Ok(address)
     }
 
+    /// Writes what kernels look for in the BIOS data area: where the extended one is and where base memory ends.
+    pub(crate) fn write_bios_data(&self) -> Result<(), Reason> {
+        const EXTENDED_SEGMENT: u64 = 0x40e;
+        const BASE_MEMORY_KIB: u64 = 0x413;
+        let segment = (LEGACY.start >> 4) as u16;
+        let kib = (LEGACY.start >> 10) as u16;
+        self.memory
+            .write(EXTENDED_SEGMENT, &segment.to_le_bytes())?;
+        self.memory.write(BASE_MEMORY_KIB, &kib.to_le_bytes())?;
+        // The extended area starts with its size in KiB.
+        Ok(self.memory.write(LEGACY.start, &[1])?)
+    }
+
     /// Builds the ACPI tables, writes them and returns the address of the RSDP. They are at 0xe0000, or at the top
     /// of low memory, with a copy of the RSDP at 0xe0000, if they are too long.
     pub(crate) fn place_tables(&mut self, acpi: &AcpiConfig) -> Result<u64, Reason> {
