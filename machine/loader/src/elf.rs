@@ -105,18 +105,23 @@ impl<'a> Elf<'a> {
         Ok(())
     }
 
+    /// Whether a segment is loaded at guest-physical `address`.
+    fn has(&self, address: u64) -> bool {
+        let mut segments = self.segments.iter();
+        segments.any(|s| address.wrapping_sub(s.piece.address) < s.piece.len)
+    }
+
     /// The guest-physical address of the entry, which may be given as a linear one.
     fn physical_entry(&self) -> Result<u64, Reason> {
-        let within = |start: u64, len: u64| self.entry.checked_sub(start).filter(|at| *at < len);
-        let segments = || self.segments.iter();
-        let physical =
-            segments().find_map(|s| within(s.piece.address, s.piece.len).map(|_| self.entry));
-        let translated = || {
-            segments().find_map(|s| within(s.linear, s.piece.len).map(|at| s.piece.address + at))
+        if self.has(self.entry) {
+            return Ok(self.entry);
+        }
+        let translate = |s: &Segment| {
+            let offset = self.entry.wrapping_sub(s.linear);
+            (offset < s.piece.len).then_some(s.piece.address + offset)
         };
-        physical
-            .or_else(translated)
-            .ok_or_else(|| damaged("the entry point is in no segment"))
+        let translated = self.segments.iter().find_map(translate);
+        translated.ok_or_else(|| damaged("the entry point is in no segment"))
     }
 
     fn plan_for(&self, kind: BootKind, entry: u64) -> Plan<'a> {
@@ -127,8 +132,11 @@ impl<'a> Elf<'a> {
 
     /// By the PVH note, or else by the entry of the ELF header.
     pub(crate) fn plan(&self) -> Result<Plan<'a>, Reason> {
-        if let Some(entry) = self.pvh_entry {
-            return Ok(self.plan_for(BootKind::Pvh, entry.into()));
+        if let Some(entry) = self.pvh_entry.map(u64::from) {
+            if !self.has(entry) {
+                return Err(damaged("the PVH entry is in no segment"));
+            }
+            return Ok(self.plan_for(BootKind::Pvh, entry));
         }
         let kind = if self.wide {
             BootKind::Elf64
