@@ -61,10 +61,11 @@ pub(crate) fn run(kvm: &Kvm) -> Result<(), String> {
                 .into(),
         ),
         Ok(Ok(other)) => Err(format!("the trial guest went astray: {other:?}")),
-        Ok(Err(error)) => Err(format!(
-            "{error}. This host's KVM emulates kernel code instead of running it; real virtualization (nested, if this host \
+        Ok(Err(EngineError::Internal(what))) => Err(format!(
+            "{what}. This host's KVM emulates kernel code instead of running it; real virtualization (nested, if this host \
              is itself virtual) is needed"
         )),
+        Ok(Err(error)) => Err(error.to_string()),
         Err(_) => Err("KVM does not let go of a running vCPU".into()),
     }
 }

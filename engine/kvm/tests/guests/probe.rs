@@ -12,7 +12,6 @@ fn the_host_is_judged_with_a_reason() {
         Ok(capabilities) => {
             assert!(capabilities.max_vcpus >= 1);
             let problem = engine.stock_guest_problem();
-            eprintln!("{capabilities:?} {problem:?}");
             assert_eq!(capabilities.stock_guests, problem.is_none(), "{problem:?}");
         }
         Err(EngineError::Unusable { engine: "kvm", why }) => {
