@@ -118,7 +118,7 @@ impl<'a> Elf<'a> {
         }
         let translate = |s: &Segment| {
             let offset = self.entry.wrapping_sub(s.linear);
-            (offset < s.piece.len).then_some(s.piece.address + offset)
+            (offset < s.piece.len).then(|| s.piece.address + offset)
         };
         let translated = self.segments.iter().find_map(translate);
         translated.ok_or_else(|| damaged("the entry point is in no segment"))
