@@ -28,6 +28,7 @@
 # boot, init and mtest count from the start of the monitor; Bochs cannot load a kernel itself, so its
 # time starts when GRUB hands over to the kernel. "cpu" is the CPU time that the monitor's
 # process used meanwhile: on a busy host its ratios mean more than those of wall time.
+# Instruction rates are per second of CPU time (wall time for native, which is over too soon).
 # Repetitions go round robin, so a slow spell of the host hits every monitor.
 set -euo pipefail
 export LC_ALL=C
@@ -298,7 +299,7 @@ awk -v count="$COUNT" '
 		for (i = 1; i <= 4; i++) for (j = 1; j <= 4; j++) {
 			k = tests[i] " " mons[j]; if (!n[k]) continue
 			b = tests[i] " bochs"; cpu = median(c, k); wall = median(w, k); range = sprintf("(%.2f-%.2f)", low, high)
-			rate = tests[i] == "loop" && count > 0 ? sprintf("%.0f", count / wall / 1e6) : "-"
+			rate = tests[i] == "loop" && count > 0 ? sprintf("%.0f", count / (cpu > 0 ? cpu : wall) / 1e6) : "-"
 			printf "%-5s %-8s %4d %8.3f  %-15s %7s %8s  %s, %s\n", tests[i], mons[j], n[k], wall, range,
 				(cpu > 0 ? sprintf("%.2f", cpu) : "-"), rate, (n[b] ? sprintf("%.2f", median(w, b) / wall) : "-"),
 				(n[b] && cpu > 0 ? sprintf("%.2f", median(c, b) / cpu) : "-")
