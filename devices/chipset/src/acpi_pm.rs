@@ -48,6 +48,7 @@ pub struct AcpiPm {
     sci: IrqLine,
     control: Arc<dyn MachineControl>,
     alarm: Alarm,
+    mistakes: GuestMistakes,
 
     // Volatile state.
     registers: Mutex<AcpiRegisters>,
@@ -68,6 +69,7 @@ impl AcpiPm {
             clock,
             sci,
             control,
+            mistakes: GuestMistakes::default(),
             registers: Mutex::new(registers),
         })
     }
@@ -110,8 +112,13 @@ impl BusTarget for AcpiPm {
 
     fn write(&self, offset: u64, data: &[u8]) {
         for (at, &byte) in (offset..).zip(data) {
-            if self.access(|r, _| r.write(at, byte)) == Some(S5_SLEEP_TYPE) {
-                self.control.request(MachineRequest::PowerOff);
+            match self.access(|r, _| r.write(at, byte)) {
+                Some(S5_SLEEP_TYPE) => self.control.request(MachineRequest::PowerOff),
+                Some(other) => {
+                    let what = format_args!("sleep type {other} does not exist");
+                    self.mistakes.note(self.name(), what);
+                }
+                None => {}
             }
         }
     }

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use lodger_address_space::BusTarget;
 use lodger_device_model::{Device, IrqSink, Msi, MsiTarget, Payload, RestoreError};
 
-use crate::dwords;
 use crate::ioapic82093::{Ioapic82093, PINS, saved};
+use crate::split;
 
 /// Guest-physical address of the registers.
 pub const IOAPIC_BASE: u64 = 0xfec0_0000;
@@ -81,13 +81,14 @@ impl IrqSink for Ioapic {
 impl BusTarget for Ioapic {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let registers = self.lock();
-        dwords::read(offset, data, |at| registers.read(at));
+        split::read(offset, data, |at| registers.read(at).to_le_bytes());
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         self.access(|r, out| {
-            dwords::write(offset, data, |at, value, mask| {
-                r.write(at, value, mask, out)
+            split::write(offset, data, |at, value, mask| {
+                let [value, mask] = [value, mask].map(u32::from_le_bytes);
+                r.write(at, value, mask, out);
             });
         });
     }

@@ -13,8 +13,9 @@ mod acpi_registers;
 mod alarm;
 mod calendar;
 mod debug_ports;
-mod dwords;
 mod fw_cfg;
+mod hpet;
+mod hpet_registers;
 mod i8042;
 mod i8042_registers;
 mod ioapic;
@@ -27,6 +28,7 @@ mod pit8254;
 mod rate;
 mod reset_control;
 mod rtc;
+mod split;
 mod uart;
 mod uart16550;
 
@@ -42,6 +44,7 @@ pub use debug_ports::{
     FIRMWARE_CONSOLE_PORT,
 };
 pub use fw_cfg::{FW_CFG_LEN, FW_CFG_PORT, FwCfg, FwCfgConfig, FwCfgError, fw_cfg_keys};
+pub use hpet::{HPET_BASE, HPET_LEN, HPET_PIT_LINE, HPET_RTC_LINE, Hpet, HpetConfig, HpetLines};
 pub use i8042::{FAST_A20_PORT, I8042, I8042_COMMAND_PORT, I8042_DATA_PORT, I8042_IRQ};
 pub use ioapic::{IOAPIC_BASE, IOAPIC_LEN, IOAPIC_PINS, Ioapic, IoapicConfig};
 pub use pic::{PIC_ELCR_PORT, PIC_LEN, PIC_MASTER_PORT, PIC_SLAVE_PORT, Pic};
