@@ -1,10 +1,13 @@
-//! ACPI power management: [`acpi_registers`](crate::acpi_registers) joined to the clock, the system control interrupt and the machine's switch.
+//! ACPI power management: [`acpi_registers`](crate::acpi_registers) joined to the clock, the system control
+//! interrupt and the machine's switch.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use lodger_address_space::BusTarget;
 use lodger_clock::SharedClock;
-use lodger_device_model::{Device, IrqLine, MachineControl, MachineRequest, Payload, RestoreError};
+use lodger_device_model::{
+    Device, GuestMistakes, IrqLine, MachineControl, MachineRequest, Payload, RestoreError,
+};
 
 use crate::acpi_registers::{AcpiRegisters, POWER_BUTTON, TIMER_HZ, saved};
 use crate::alarm::Alarm;

@@ -36,7 +36,8 @@ impl Civil {
         }
     }
 
-    /// The inverse. Fields beyond their range carry over into the next, but for the month, which is limited to its range.
+    /// The inverse. Fields beyond their range carry over into the next, but for the month, which is limited
+    /// to its range.
     pub(crate) fn to_unix(self) -> i64 {
         let month = self.month.clamp(1, 12);
         let year = self.year - i64::from(month <= 2);

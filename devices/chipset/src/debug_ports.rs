@@ -1,5 +1,5 @@
-//! Ports for tests and firmware: one ends the run with a status, one prints bytes. Neither has state. (POST codes, port 0x80,
-//! need no device: the bus swallows what nobody takes.)
+//! Ports for tests and firmware: one ends the run with a status, one prints bytes. Neither has state. (POST
+//! codes, port 0x80, need no device: the bus swallows what nobody takes.)
 
 use std::sync::Arc;
 

@@ -1,8 +1,10 @@
 //! QEMU's firmware configuration device, from which firmware and test guests read what the machine is like
-//! (QEMU documentation, "QEMU Firmware Configuration (fw_cfg) Device"): the port interface and the DMA interface, read-only.
+//! (QEMU documentation, "QEMU Firmware Configuration (fw_cfg) Device"): the port interface and the DMA
+//! interface, read-only.
 //!
-//! An item is bytes under a 16-bit key; files are items with a name in the directory. Reads beyond an item's end give zeros. The items
-//! are configuration: the board adds them before the guest runs, and they are not saved.
+//! An item is bytes under a 16-bit key; files are items with a name in the directory. Reads beyond an item's
+//! end give zeros. The items are configuration: the board adds them before the guest runs, and they are not
+//! saved.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -416,8 +418,8 @@ mod tests {
         (rig, device, memory)
     }
 
-    /// Words: `mem ADDRESS LEN` (memory), `dma AT CONTROL LENGTH ADDRESS` (puts a request at AT and starts it; answers the
-    /// control field afterwards).
+    /// Words: `mem ADDRESS LEN` (memory), `dma AT CONTROL LENGTH ADDRESS` (puts a request at AT and starts
+    /// it; answers the control field afterwards).
     fn run(rig: &Rig, memory: &GuestMemory, script: &str) {
         let number = |text: &str| u64::from_str_radix(text, 16).unwrap();
         rig.run_with(script, |words| match words[0] {

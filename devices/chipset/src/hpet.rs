@@ -1,7 +1,9 @@
-//! The high precision event timer: [`hpet_registers`](crate::hpet_registers) joined to the clock and to interrupt lines.
+//! The high precision event timer: [`hpet_registers`](crate::hpet_registers) joined to the clock and to
+//! interrupt lines.
 //!
-//! With legacy replacement its timers 0 and 1 take the place of the PIT and of the RTC. So the lines of those two run through this
-//! device: it is their [`IrqSink`], and its own legacy outputs go to the interrupt controllers.
+//! With legacy replacement its timers 0 and 1 take the place of the PIT and of the RTC. So the lines of those
+//! two run through this device: it is their [`IrqSink`], and its own legacy outputs go to the interrupt
+//! controllers.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 

@@ -1,9 +1,9 @@
-//! The registers of a high precision event timer (IA-PC HPET Specification 1.0a, October 2004), without lines: a 64-bit counter at 100 MHz
-//! and three comparators, the first of which can be periodic.
+//! The registers of a high precision event timer (IA-PC HPET Specification 1.0a, October 2004), without
+//! lines: a 64-bit counter at 100 MHz and three comparators, the first of which can be periodic.
 //!
-//! One deviation: a comparator that is set to a time up to a second in the past fires at once instead of after the counter has gone round.
-//! A driver that is interrupted between reading the counter and setting the comparator, as happens on a busy host, would
-//! otherwise lose its tick for 43 seconds.
+//! One deviation: a comparator that is set to a time up to a second in the past fires at once instead of
+//! after the counter has gone round. A driver that is interrupted between reading the counter and setting the
+//! comparator, as happens on a busy host, would otherwise lose its tick for 43 seconds.
 
 use crate::rate::MIN_INTERVAL;
 
@@ -105,8 +105,8 @@ impl Timer {
         (self.has(PERIODIC) && period != 0).then_some(period)
     }
 
-    /// Computes when the comparator matches the counter, which has the value `counter` in `tick`; what it has matched within the
-    /// last `late` ticks counts as now.
+    /// Computes when the comparator matches the counter, which has the value `counter` in `tick`; what it has
+    /// matched within the last `late` ticks counts as now.
     fn schedule(&mut self, counter: u64, tick: u64, late: u64) {
         let mask = self.width_mask();
         let ahead = self.comparator.wrapping_sub(counter) & mask;
@@ -242,8 +242,8 @@ impl HpetRegisters {
         }
     }
 
-    /// Lets the time go on to `tick` (100 MHz of guest time); precedes every other call. Calls `edge` with the number of each
-    /// timer that has an edge or a message to send.
+    /// Lets the time go on to `tick` (100 MHz of guest time); precedes every other call. Calls `edge` with
+    /// the number of each timer that has an edge or a message to send.
     pub(crate) fn catch_up(&mut self, tick: u64, mut edge: impl FnMut(&HpetRegisters, usize)) {
         if !self.runs() {
             return;

@@ -1,4 +1,5 @@
-//! The keyboard controller: [`i8042_registers`](crate::i8042_registers) joined to interrupt line 1 and the machine's reset.
+//! The keyboard controller: [`i8042_registers`](crate::i8042_registers) joined to interrupt line 1 and the
+//! machine's reset.
 //!
 //! Not taken from `vm-superio`: its i8042 knows the reset command only, so that probing it ends in time-outs.
 

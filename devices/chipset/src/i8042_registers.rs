@@ -1,8 +1,10 @@
-//! The registers of the PC/AT keyboard controller (8042; IBM PC/AT Technical Reference, 1985, section 4), without a keyboard or a mouse.
+//! The registers of the PC/AT keyboard controller (8042; IBM PC/AT Technical Reference, 1985, section 4),
+//! without a keyboard or a mouse.
 //!
-//! Drivers wait up to half a second for a controller that does not answer, so this one answers everything at once: its own
-//! commands properly, a byte for the missing keyboard with a time-out error, and the tests of the missing
-//! auxiliary port with "clock line stuck", from which a driver concludes that there is no such port.
+//! Drivers wait up to half a second for a controller that does not answer, so this one answers everything at
+//! once: its own commands properly, a byte for the missing keyboard with a time-out error, and the tests of
+//! the missing auxiliary port with "clock line stuck", from which a driver concludes that there is no such
+//! port.
 
 /// Output buffer full.
 const STATUS_FULL: u8 = 1;

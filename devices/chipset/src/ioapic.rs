@@ -133,8 +133,8 @@ mod tests {
         (rig, ioapic)
     }
 
-    /// Words: `set INDEX VALUE` and `get INDEX` through select and window, `up N`, `down N`, `eoi VECTOR`; `sent` lists the messages
-    /// since the last time as ADDRESS:DATA.
+    /// Words: `set INDEX VALUE` and `get INDEX` through select and window, `up N`, `down N`, `eoi VECTOR`;
+    /// `sent` lists the messages since the last time as ADDRESS:DATA.
     fn run(rig: &Rig, ioapic: &Ioapic, script: &str) {
         let mmio = &rig.space.mmio;
         let number = |text: &str| u32::from_str_radix(text, 16).unwrap();

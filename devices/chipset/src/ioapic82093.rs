@@ -1,5 +1,6 @@
-//! The registers of an I/O APIC (Intel 82093AA data sheet, May 1996), in the later version 0x20 that has an EOI register, without locks.
-//! It speaks to the local APICs in messages as the ICH does (Intel ICH9 data sheet, section 5.10.4.3).
+//! The registers of an I/O APIC (Intel 82093AA data sheet, May 1996), in the later version 0x20 that has an
+//! EOI register, without locks. It speaks to the local APICs in messages as the ICH does (Intel ICH9 data
+//! sheet, section 5.10.4.3).
 //!
 //! Inputs are logical levels: the board has taken polarity into account. An edge on a masked input is lost, as the
 //! data sheet says. Only fixed and lowest-priority interrupts are level-triggered; nothing would ever end the others.
@@ -192,8 +193,8 @@ fn level_triggered(entry: u64) -> bool {
     entry & LEVEL != 0 && entry >> DELIVERY_SHIFT & 7 <= LOWEST_PRIORITY
 }
 
-/// Destination ID, extended destination ID, redirection hint and destination mode make the address; trigger mode, the assert bit,
-/// delivery mode and vector make the data.
+/// Destination ID, extended destination ID, redirection hint and destination mode make the address; trigger
+/// mode, the assert bit, delivery mode and vector make the data.
 fn message(entry: u64) -> Msi {
     let delivery = entry >> DELIVERY_SHIFT & 7;
     let hint = u64::from(delivery == LOWEST_PRIORITY) << 3;

@@ -1,12 +1,13 @@
 //! The devices that every PC has: serial port, interrupt controllers, timers, clock, power management, resets.
 //!
-//! Each chip's registers are a plain type in a file of their own, without locks and without a clock (`uart16550`, `pic8259`, ...); the device
-//! that joins them to interrupt lines, timers and buses is in another (`uart`, `pic`, ...). The conventional ports,
-//! addresses and interrupt lines are constants beside each device; wiring is the board's business.
+//! Each chip's registers are a plain type in a file of their own, without locks and without a clock
+//! (`uart16550`, `pic8259`, ...); the device that joins them to interrupt lines, timers and buses is in
+//! another (`uart`, `pic`, ...). The conventional ports, addresses and interrupt lines are constants beside
+//! each device; wiring is the board's business.
 //!
-//! A device drives its lines while it holds its own lock, so that levels arrive in order. Locks are therefore taken in one direction
-//! only: device, then interrupt router, then interrupt controller, then CPU. A sink must not call back into the
-//! device that drives it.
+//! A device drives its lines while it holds its own lock, so that levels arrive in order. Locks are therefore
+//! taken in one direction only: device, then interrupt router, then interrupt controller, then CPU. A sink
+//! must not call back into the device that drives it.
 
 mod acpi_pm;
 mod acpi_registers;

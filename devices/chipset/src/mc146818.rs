@@ -1,9 +1,9 @@
-//! The registers of the MC146818 real-time clock with 128 bytes of CMOS memory (Motorola MC146818A data sheet, 1984), without
-//! lines. Register 0x32 is the century, as ACPI's FADT and firmware expect.
+//! The registers of the MC146818 real-time clock with 128 bytes of CMOS memory (Motorola MC146818A data
+//! sheet, 1984), without lines. Register 0x32 is the century, as ACPI's FADT and firmware expect.
 //!
-//! The clock is the machine's wall clock plus an offset that setting the time changes. Its registers are computed when they are
-//! read; only while it stands (SET, or divider in reset) do they hold what was written. The day of the week follows
-//! from the date. Daylight saving (DSE) is stored and ignored.
+//! The clock is the machine's wall clock plus an offset that setting the time changes. Its registers are
+//! computed when they are read; only while it stands (SET, or divider in reset) do they hold what was
+//! written. The day of the week follows from the date. Daylight saving (DSE) is stored and ignored.
 
 use lodger_clock::Nanos;
 

@@ -1,4 +1,5 @@
-//! The legacy interrupt controllers: [`pic8259`](crate::pic8259) joined to sixteen input lines and the processor's INTR.
+//! The legacy interrupt controllers: [`pic8259`](crate::pic8259) joined to sixteen input lines and the
+//! processor's INTR.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 

@@ -1,8 +1,8 @@
 //! The registers of the PC's two cascaded 8259A interrupt controllers (Intel 8259A data sheet, December 1988) with the
 //! edge/level control registers of the PIIX (82371AB data sheet, section 4.1.5), without locks or lines.
 //!
-//! As in the PIIX, LTIM of ICW1 has no effect (ELCR decides) and MCS-80 mode does not exist. A falling edge does not withdraw a
-//! latched edge request, so a device may pulse its line.
+//! As in the PIIX, LTIM of ICW1 has no effect (ELCR decides) and MCS-80 mode does not exist. A falling edge
+//! does not withdraw a latched edge request, so a device may pulse its line.
 
 /// The master's input that the slave is connected to.
 const CASCADE: u8 = 2;
@@ -338,8 +338,8 @@ impl Pic8259 {
         self.master.pending(self.cascade()).is_some()
     }
 
-    /// The processor's INTA cycles: the vector of the interrupt, which is in service from now on. A request that has gone
-    /// is answered with the master's or slave's input 7 (spurious), which is not in service.
+    /// The processor's INTA cycles: the vector of the interrupt, which is in service from now on. A request
+    /// that has gone is answered with the master's or slave's input 7 (spurious), which is not in service.
     pub(crate) fn acknowledge(&mut self) -> u8 {
         let Some(input) = self.master.pending(self.cascade()) else {
             return self.master.base + 7;

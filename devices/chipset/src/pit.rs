@@ -1,4 +1,5 @@
-//! The interval timer: [`pit8254`](crate::pit8254) joined to the clock and to interrupt line 0, with system control port B.
+//! The interval timer: [`pit8254`](crate::pit8254) joined to the clock and to interrupt line 0, with system
+//! control port B.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 

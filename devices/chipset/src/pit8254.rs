@@ -1,7 +1,8 @@
 //! The registers of an 8254 programmable interval timer (Intel 8254 data sheet, 1993), without lines.
 //!
-//! Time is counted in ticks of the timer's input clock and given to every function. A count begins in the tick in which it is
-//! written, one tick earlier than in the chip. The gates of channels 0 and 1 are tied high, as on a PC.
+//! Time is counted in ticks of the timer's input clock and given to every function. A count begins in the
+//! tick in which it is written, one tick earlier than in the chip. The gates of channels 0 and 1 are tied
+//! high, as on a PC.
 
 /// How many interrupts that the host was too slow for are made up for.
 const BACKLOG: u64 = 10;
@@ -475,7 +476,8 @@ impl Pit8254 {
         self.irq
     }
 
-    /// Whether OUT of channel 0 has risen and that has not been told yet. Rises that are too far in the past are dropped.
+    /// Whether OUT of channel 0 has risen and that has not been told yet. Rises that are too far in the past
+    /// are dropped.
     pub(crate) fn take_rise(&mut self, tick: u64) -> bool {
         let channel = &self.channels[0];
         if channel.periodic() {

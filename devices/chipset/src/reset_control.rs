@@ -1,4 +1,5 @@
-//! The reset control register of Intel chipsets (82371AB data sheet, section 4.1.7.8), which Linux and ACPI tables use too.
+//! The reset control register of Intel chipsets (82371AB data sheet, section 4.1.7.8), which Linux and ACPI
+//! tables use too.
 //!
 //! It lies amid the PCI configuration address register, which is accessed as a double word only; the host bridge hands
 //! byte accesses on to this register. What kind of reset is asked for makes no difference here.

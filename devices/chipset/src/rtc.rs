@@ -34,7 +34,8 @@ pub struct RtcConfig {
     pub memory: Vec<(u8, u8)>,
 }
 
-/// A real-time clock. It shows [`Clock::wall`](lodger_clock::Clock::wall) (UTC) until the guest sets it; what the guest sets stays set through resets.
+/// A real-time clock. It shows [`Clock::wall`](lodger_clock::Clock::wall) (UTC) until the guest sets it; what
+/// the guest sets stays set through resets.
 pub struct Rtc {
     // Runtime glue.
     clock: SharedClock,
@@ -183,7 +184,8 @@ mod tests {
         (rig, rtc)
     }
 
-    /// Words: `set INDEX VALUE`, `get INDEX`, and `date`: century, year, month, day, weekday, hours, minutes, seconds as they stand.
+    /// Words: `set INDEX VALUE`, `get INDEX`, and `date`: century, year, month, day, weekday, hours, minutes,
+    /// seconds as they stand.
     fn run(rig: &Rig, script: &str) {
         let ports = &rig.space.ports;
         let number = |text: &str| u8::from_str_radix(text, 16).unwrap();

@@ -169,8 +169,8 @@ impl Rig {
         }
     }
 
-    /// Accesses ports and memory in `ports` and `mmio` (start, length) at random, with time going on at random, and checks
-    /// every now and then that each device's state survives being saved and restored.
+    /// Accesses ports and memory in `ports` and `mmio` (start, length) at random, with time going on at
+    /// random, and checks every now and then that each device's state survives being saved and restored.
     pub fn hammer(&self, ports: &[(u64, u64)], mmio: &[(u64, u64)], devices: &[&dyn Device]) {
         let mut random = Random(0x9e37_79b9_7f4a_7c15);
         for round in 0..30_000_u64 {

@@ -1,5 +1,5 @@
-//! A serial port: the registers of [`uart16550`](crate::uart16550) joined to a byte sink, an input port, an interrupt line and
-//! the clock.
+//! A serial port: the registers of [`uart16550`](crate::uart16550) joined to a byte sink, an input port, an
+//! interrupt line and the clock.
 //!
 //! Written here rather than taken from `vm-superio`: that crate's serial port has neither trigger levels nor the
 //! character time-out nor modem-status changes, and takes its own time, while a port here must be saved exactly and be

@@ -1,10 +1,11 @@
 //! The registers of a 16550A UART (National Semiconductor PC16550D data sheet, June 1995), without time or lines.
 //!
-//! A byte that is written is on the wire at once, so the transmitter is always empty and its FIFO is never seen;
-//! the transmitter-empty *interrupt* still follows the data sheet (raised when the holding register becomes empty
-//! or the interrupt is enabled while it is, cleared by reading it from IIR), because drivers test for that.
-//! Reception keeps its FIFO, trigger levels and character time-out. Characters have eight bits whatever LCR says, so that
-//! a guest that never sets it still has a console. The modem inputs say "connected" for ever.
+//! A byte that is written is on the wire at once, so the transmitter is always empty and its FIFO is never
+//! seen; the transmitter-empty *interrupt* still follows the data sheet (raised when the holding register
+//! becomes empty or the interrupt is enabled while it is, cleared by reading it from IIR), because drivers
+//! test for that. Reception keeps its FIFO, trigger levels and character time-out. Characters have eight bits
+//! whatever LCR says, so that a guest that never sets it still has a console. The modem inputs say
+//! "connected" for ever.
 
 use std::collections::VecDeque;
 
