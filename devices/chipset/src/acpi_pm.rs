@@ -188,34 +188,38 @@ mod tests {
             (
                 "ACPI mode is on; unknown bits and registers read as 0",
                 false,
-                "r 600 = 00000000 \n r 604 = 0001 \n w 604 ffdd \n r 604 = 1c01 \n w 602 ffff \n r 602 = 0721 \n r 60c = 00000000 \n w 60c 55 \n r 61f = 00 \n requests = []",
+                "r 600 = 00000000; r 604 = 0001; w 604 ffdd; r 604 = 1c01; w 602 ffff; r 602 = 0721;
+                 r 60c = 00000000; w 60c 55; r 61f = 00; requests = []",
             ),
             (
                 "a 24-bit timer and its overflow event",
                 false,
-                "r 608 = 00000000 \n t 1s \n r 608 = 00369e99 \n t 1s \n r 60a = 6d \n w 602 0001 \n t 343ms \n irq 9 = 0 \n t 1ms \n irq 9 = 1 \n r 600 = 0001 \n w 600 01 \n
-                 irq 9 = 0 \n t 2344ms \n irq 9 = 1 \n r 608 = 0000....",
+                "r 608 = 00000000; t 1s; r 608 = 00369e99; t 1s; r 60a = 6d; w 602 0001; t 343ms; irq 9 = 0;
+                 t 1ms; irq 9 = 1; r 600 = 0001; w 600 01; irq 9 = 0; t 2344ms; irq 9 = 1; r 608 = 0000....",
             ),
             (
                 "a 32-bit timer",
                 true,
-                "w 602 01 \n t 10s \n r 608 = 022231fa \n r 600 = 00 \n t 589s \n irq 9 = 0 \n t 1s \n irq 9 = 1 \n t 600s \n r 600 = 01 \n w 600 01 \n t 1s \n r 608 = 00......",
+                "w 602 01; t 10s; r 608 = 022231fa; r 600 = 00; t 589s; irq 9 = 0; t 1s; irq 9 = 1; t 600s;
+                 r 600 = 01; w 600 01; t 1s; r 608 = 00......",
             ),
             (
                 "the power button, cleared by writing 1",
                 false,
-                "button \n irq 9 = 0 \n r 600 = 0100 \n w 602 0100 \n irq 9 = 1 \n w 600 00ff \n irq 9 = 1 \n w 601 01 \n irq 9 = 0 \n r 600 = 0000",
+                "button; irq 9 = 0; r 600 = 0100; w 602 0100; irq 9 = 1; w 600 00ff; irq 9 = 1; w 601 01;
+                 irq 9 = 0; r 600 = 0000",
             ),
             (
                 "general-purpose events",
                 false,
-                "gpe 3 \n gpe 15 \n gpe 16 \n gpe 4000000000 \n r 620 = 00008008 \n irq 9 = 0 \n w 622 8000 \n irq 9 = 1 \n w 620 ffff \n irq 9 = 0 \n r 620 = 80000000",
+                "gpe 3; gpe 15; gpe 16; gpe 4000000000; r 620 = 00008008; irq 9 = 0; w 622 8000; irq 9 = 1;
+                 w 620 ffff; irq 9 = 0; r 620 = 80000000",
             ),
             (
                 "soft-off, as a word and as a byte; other sleeping states do nothing",
                 false,
-                "w 604 1400 \n requests = [] \n w 604 3400 \n requests = [PowerOff] \n r 604 = 1401 \n w 605 34 \n requests = [PowerOff] \n w 604 2000 \n w 604 2400 \n
-                 w 604 00ff \n requests = [] \n r 604 = 0003",
+                "w 604 1400; requests = []; w 604 3400; requests = [PowerOff]; r 604 = 1401; w 605 34;
+                 requests = [PowerOff]; w 604 2000; w 604 2400; w 604 00ff; requests = []; r 604 = 0003",
             ),
         ] {
             let (rig, pm) = rig(wide);
@@ -230,13 +234,14 @@ mod tests {
         run(
             &rig,
             &pm,
-            "w 602 0101 \n w 622 0002 \n w 604 1400 \n button \n gpe 1 \n edges 9 = 1",
+            "w 602 0101; w 622 0002; w 604 1400; button; gpe 1; edges 9 = 1",
         );
         assert_round_trip(&*pm);
         run(
             &rig,
             &pm,
-            "edges 9 = 0 \n irq 9 = 1 \n r 600 = 01010100 \n r 604 = 1401 \n r 620 = 00020002 \n w 600 0100 \n w 620 02 \n irq 9 = 0 \n t 3s \n irq 9 = 1",
+            "edges 9 = 0; irq 9 = 1; r 600 = 01010100; r 604 = 1401; r 620 = 00020002; w 600 0100; w 620 02;
+             irq 9 = 0; t 3s; irq 9 = 1",
         );
     }
 

@@ -82,10 +82,10 @@ mod tests {
         for port in [DEBUG_CONSOLE_PORT, FIRMWARE_CONSOLE_PORT] {
             ports.map(port.into(), 1, console.clone() as _).unwrap();
         }
-        rig.run("w f4 10 \n w f4 0010 \n w f4 12345678 \n r f4 = 00000000");
+        rig.run("w f4 10; w f4 0010; w f4 12345678; r f4 = 00000000");
         let exits = [0x10, 0x10, 0x1234_5678].map(MachineRequest::DebugExit);
         assert_eq!(rig.take_requests(), exits);
-        rig.run("r e9 = e9 \n w e9 68 \n w 402 69 \n r 402 = e9");
+        rig.run("r e9 = e9; w e9 68; w 402 69; r 402 = e9");
         assert_eq!(rig.take_output(), b"hi");
     }
 }

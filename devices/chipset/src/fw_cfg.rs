@@ -449,31 +449,38 @@ mod tests {
         for (what, script) in [
             (
                 "signature, features, machine",
-                "r 511 = 51 \n r 511 = 45 \n r 511 = 4d \n r 511 = 55 \n r 511 = 00 \n w 510 0001 \n r 511 = 03 \n r 511 = 00 \n w 510 0003 \n r 511 = 20000000 \n
-                 w 510 0005 \n r 511 = 0003 \n w 510 000f \n r 511 = 0007 \n w 510 400f \n r 511 = 0007 \n w 510 1234 \n r 511 = 0000 \n w 510 ffff \n r 511 = 00",
+                "r 511 = 51; r 511 = 45; r 511 = 4d; r 511 = 55; r 511 = 00; w 510 0001; r 511 = 03;
+                 r 511 = 00; w 510 0003; r 511 = 20000000; w 510 0005; r 511 = 0003; w 510 000f;
+                 r 511 = 0007; w 510 400f; r 511 = 0007; w 510 1234; r 511 = 0000; w 510 ffff; r 511 = 00",
             ),
             (
                 "the directory and a file",
-                "w 510 0019 \n r 511 = 02000000 \n r 511 = 03000000 \n r 511 = 00002000 \n r 511 = 2f637465 \n r 511 = 30323865 \n r 511 = 00 \n
-                 w 510 0020 \n r 511 = 6d \n r 511 = 00007061 \n w 510 0020 \n r 511 = 6d",
+                "w 510 0019; r 511 = 02000000; r 511 = 03000000; r 511 = 00002000; r 511 = 2f637465;
+                 r 511 = 30323865; r 511 = 00; w 510 0020; r 511 = 6d; r 511 = 00007061; w 510 0020;
+                 r 511 = 6d",
             ),
             (
                 "ports without meaning",
-                "r 510 = 00 \n r 512 = 0000 \n w 510 55 \n w 511 55 \n w 512 1234 \n r 514 = 554d4551 \n r 518 = 47464320 \n r 51b = 47",
+                "r 510 = 00; r 512 = 0000; w 510 55; w 511 55; w 512 1234; r 514 = 554d4551;
+                 r 518 = 47464320; r 51b = 47",
             ),
             (
                 "DMA: select and read, read on, skip, beyond the end",
-                "dma 1000 0011000a 3 2000 = 0 \n mem 2000 4 = 6b657200 \n dma 1000 4 1 0 = 0 \n dma 1000 2 4 2010 = 0 \n mem 2010 4 = 656c0000 \n dma 1000 00200008 0 0 = 0 \n
-                 r 511 = 6d \n dma 1000 2 0 ffffffff00000000 = 0 \n dma 1000 0 5 0 = 0",
+                "dma 1000 0011000a 3 2000 = 0; mem 2000 4 = 6b657200; dma 1000 4 1 0 = 0;
+                 dma 1000 2 4 2010 = 0; mem 2010 4 = 656c0000; dma 1000 00200008 0 0 = 0; r 511 = 6d;
+                 dma 1000 2 0 ffffffff00000000 = 0; dma 1000 0 5 0 = 0",
             ),
             (
                 "DMA of much",
-                "dma 1000 0021000a 30d50 10000 = 0 \n mem 40d3e 4 = 5a5a0000 \n mem 40d60 1 = 00 \n dma 1000 00210004 ffffffff 0 = 0",
+                "dma 1000 0021000a 30d50 10000 = 0; mem 40d3e 4 = 5a5a0000; mem 40d60 1 = 00;
+                 dma 1000 00210004 ffffffff 0 = 0",
             ),
             (
                 "DMA that goes nowhere changes nothing but the error bit",
-                "dma 1000 0021000a ffffffff 2000 = 1 \n mem 2000 1 = 00 \n dma 1000 0021000a 1 fffffffffffffff0 = 1 \n dma 1000 0021000a 100 fff01 = 1 \n mem fff01 1 = 00 \n
-                 dma 1000 00200018 1 2000 = 1 \n dma ffff0 0020000a 10 fffc8 = 0 \n w 514 ffffffff \n w 518 ffffffff \n w 518 0000ffff \n w 514 1234",
+                "dma 1000 0021000a ffffffff 2000 = 1; mem 2000 1 = 00;
+                 dma 1000 0021000a 1 fffffffffffffff0 = 1; dma 1000 0021000a 100 fff01 = 1;
+                 mem fff01 1 = 00; dma 1000 00200018 1 2000 = 1; dma ffff0 0020000a 10 fffc8 = 0;
+                 w 514 ffffffff; w 518 ffffffff; w 518 0000ffff; w 514 1234",
             ),
         ] {
             let (rig, _device, memory) = rig();
@@ -500,12 +507,12 @@ mod tests {
     #[test]
     fn state_survives() {
         let (rig, device, memory) = rig();
-        run(&rig, &memory, "w 510 0011 \n r 511 = 6b \n w 514 01000000");
+        run(&rig, &memory, "w 510 0011; r 511 = 6b; w 514 01000000");
         assert_round_trip(&*device);
         run(
             &rig,
             &memory,
-            "r 511 = 65 \n w 518 00000000 \n mem 0 4 = 00000000",
+            "r 511 = 65; w 518 00000000; mem 0 4 = 00000000",
         );
     }
 

@@ -272,59 +272,77 @@ mod tests {
             (
                 "capabilities: 10 ns, three timers, the first periodic",
                 false,
-                "R fed00000 = 00989680_8086a201 \n R fed00004 = 00989680 \n R fed00100 = 00030000_00000030 \n R fed00120 = 00030000_00000020 \n R fed00140 = 00030000_00000020 \n
-                 R fed00160 = 00000000 \n R fed00008 = 00000000_00000000 \n W fed00100 ffffffff_ffffffff \n R fed00100 = 00030000_0000013e \n
-                 W fed00120 00002104 \n R fed00120 = 00030000_00002124 \n W fed00120 00000204 \n R fed00120 = 00030000_00002024 \n W fed00110 ffffffff \n R fed00110 = 00000000",
+                "R fed00000 = 00989680_8086a201; R fed00004 = 00989680; R fed00100 = 00030000_00000030;
+                 R fed00120 = 00030000_00000020; R fed00140 = 00030000_00000020; R fed00160 = 00000000;
+                 R fed00008 = 00000000_00000000; W fed00100 ffffffff_ffffffff;
+                 R fed00100 = 00030000_0000013e; W fed00120 00002104; R fed00120 = 00030000_00002124;
+                 W fed00120 00000204; R fed00120 = 00030000_00002024; W fed00110 ffffffff;
+                 R fed00110 = 00000000",
             ),
             (
                 "the counter stands, runs, stands and can be set while it stands",
                 false,
-                "t 1ms \n R fed000f0 = 00000000_00000000 \n W fed00010 01 \n t 1ms \n R fed000f0 = 00000000_000186a0 \n W fed000f0 00000000 \n R fed000f2 = 0001 \n t 10ns \n
-                 W fed00010 00000000 \n t 1ms \n R fed000f0 = 000186a1 \n W fed000f4 00000005 \n W fed00010 01 \n t 20ns \n R fed000f0 = 00000005_000186a3",
+                "t 1ms; R fed000f0 = 00000000_00000000; W fed00010 01; t 1ms;
+                 R fed000f0 = 00000000_000186a0; W fed000f0 00000000; R fed000f2 = 0001; t 10ns;
+                 W fed00010 00000000; t 1ms; R fed000f0 = 000186a1; W fed000f4 00000005; W fed00010 01;
+                 t 20ns; R fed000f0 = 00000005_000186a3",
             ),
             (
                 "a one-shot edge, and none while interrupts are off",
                 false,
-                "W fed00140 00002004 \n W fed00010 01 \n W fed00148 00000000_000003e8 \n t 9990ns \n edges 16 = 0 \n t 10ns \n edges 16 = 1 \n irq 16 = 0 \n t 1s \n edges 16 = 0 \n
-                 W fed00140 00002000 \n W fed00148 00000000_05f5e500 \n t 1s \n edges 16 = 0 \n R fed00020 = 00000000",
+                "W fed00140 00002004; W fed00010 01; W fed00148 00000000_000003e8; t 9990ns; edges 16 = 0;
+                 t 10ns; edges 16 = 1; irq 16 = 0; t 1s; edges 16 = 0; W fed00140 00002000;
+                 W fed00148 00000000_05f5e500; t 1s; edges 16 = 0; R fed00020 = 00000000",
             ),
             (
                 "a comparator set a little in the past fires at once, one far in the past never",
                 false,
-                "W fed00140 00002004 \n W fed00010 01 \n t 2s \n W fed00148 00000000_0bebc1f0 \n edges 16 = 1 \n t 1s \n edges 16 = 0 \n W fed00148 00000000_00000100 \n t 100s \n edges 16 = 0",
+                "W fed00140 00002004; W fed00010 01; t 2s; W fed00148 00000000_0bebc1f0; edges 16 = 1; t 1s;
+                 edges 16 = 0; W fed00148 00000000_00000100; t 100s; edges 16 = 0",
             ),
             (
                 "32 bits: the comparator matches every 43 seconds",
                 false,
-                "W fed00140 00002104 \n W fed00010 01 \n W fed00148 00000000_00000100 \n R fed00148 = 00000000_00000100 \n t 1s \n edges 16 = 1 \n t 41s \n edges 16 = 0 \n t 1s \n edges 16 = 1 \n t 43s \n
-                 edges 16 = 1 \n W fed00148 11111111_22222222 \n R fed00148 = 00000000_22222222",
+                "W fed00140 00002104; W fed00010 01; W fed00148 00000000_00000100;
+                 R fed00148 = 00000000_00000100; t 1s; edges 16 = 1; t 41s; edges 16 = 0; t 1s;
+                 edges 16 = 1; t 43s; edges 16 = 1; W fed00148 11111111_22222222;
+                 R fed00148 = 00000000_22222222",
             ),
             (
                 "periodic as the specification says: VAL_SET sets comparator and period",
                 false,
-                "W fed00100 0000204c \n W fed00108 00000000_00002710 \n R fed00100 = 00030000_0000203c \n W fed00010 01 \n t 1ms \n edges 16 = 10 \n R fed00108 = 00000000_0001adb0 \n t 1s \n edges 16 = 10000",
+                "W fed00100 0000204c; W fed00108 00000000_00002710; R fed00100 = 00030000_0000203c;
+                 W fed00010 01; t 1ms; edges 16 = 10; R fed00108 = 00000000_0001adb0; t 1s; edges 16 = 10000",
             ),
             (
                 "periodic as Linux does it: the first time, then the period",
                 false,
-                "W fed00010 03 \n t 1s \n W fed00100 0000014c \n W fed00108 05f5e500 \n t 5us \n W fed00108 00002710 \n edges 0 = 0 \n t 10us \n edges 0 = 1 \n t 100us \n edges 0 = 1 \n t 100us \n edges 0 = 1",
+                "W fed00010 03; t 1s; W fed00100 0000014c; W fed00108 05f5e500; t 5us; W fed00108 00002710;
+                 edges 0 = 0; t 10us; edges 0 = 1; t 100us; edges 0 = 1; t 100us; edges 0 = 1",
             ),
             (
                 "a level stays until its status is cleared",
                 false,
-                "W fed00140 00002206 \n W fed00148 00000000_00000064 \n W fed00010 01 \n t 1us \n irq 17 = 1 \n R fed00020 = 00000004 \n W fed00020 00000003 \n irq 17 = 1 \n W fed00140 00002202 \n irq 17 = 0 \n
-                 W fed00140 00002206 \n irq 17 = 1 \n W fed00010 00000000 \n irq 17 = 0 \n W fed00010 01 \n irq 17 = 1 \n W fed00020 04 \n irq 17 = 0",
+                "W fed00140 00002206; W fed00148 00000000_00000064; W fed00010 01; t 1us; irq 17 = 1;
+                 R fed00020 = 00000004; W fed00020 00000003; irq 17 = 1; W fed00140 00002202; irq 17 = 0;
+                 W fed00140 00002206; irq 17 = 1; W fed00010 00000000; irq 17 = 0; W fed00010 01;
+                 irq 17 = 1; W fed00020 04; irq 17 = 0",
             ),
             (
                 "without legacy replacement the PIT and the RTC come through; with it the timers do",
                 false,
-                "pit 1 \n irq 0 = 1 \n pit 0 \n irq 0 = 0 \n pit 1 \n edges 0 = 2 \n rtc 1 \n irq 8 = 1 \n W fed00100 00000004 \n W fed00120 00000006 \n W fed00108 00000000_00000064 \n W fed00128 00000000_000000c8 \n
-                 W fed00010 00000003 \n irq 0 = 0 \n irq 8 = 0 \n pit 0 \n pit 1 \n edges 0 = 0 \n t 1us \n edges 0 = 1 \n t 1us \n irq 8 = 1 \n W fed00020 02 \n irq 8 = 0 \n W fed00010 01 \n irq 0 = 1 \n irq 8 = 1",
+                "pit 1; irq 0 = 1; pit 0; irq 0 = 0; pit 1; edges 0 = 2; rtc 1; irq 8 = 1;
+                 W fed00100 00000004; W fed00120 00000006; W fed00108 00000000_00000064;
+                 W fed00128 00000000_000000c8; W fed00010 00000003; irq 0 = 0; irq 8 = 0; pit 0; pit 1;
+                 edges 0 = 0; t 1us; edges 0 = 1; t 1us; irq 8 = 1; W fed00020 02; irq 8 = 0; W fed00010 01;
+                 irq 0 = 1; irq 8 = 1",
             ),
             (
                 "messages",
                 true,
-                "W fed00140 00004006 \n R fed00140 = 00030000_0000c026 \n W fed00150 fee01000_00004055 \n W fed00148 00000000_00000064 \n W fed00010 01 \n t 1us \n sent = fee01000:4055 \n R fed00020 = 00000000 \n edges 16 = 0",
+                "W fed00140 00004006; R fed00140 = 00030000_0000c026; W fed00150 fee01000_00004055;
+                 W fed00148 00000000_00000064; W fed00010 01; t 1us; sent = fee01000:4055;
+                 R fed00020 = 00000000; edges 16 = 0",
             ),
         ] {
             let (rig, hpet) = rig(messages);
@@ -339,7 +357,7 @@ mod tests {
         run(
             &rig,
             &hpet,
-            "W fed00100 0000204c \n W fed00108 01 \n W fed00010 01 \n t 1s",
+            "W fed00100 0000204c; W fed00108 01; W fed00010 01; t 1s",
         );
         assert!(rig.lines.take_edges(16) <= 50_002);
     }
@@ -350,13 +368,16 @@ mod tests {
         run(
             &rig,
             &hpet,
-            "W fed00010 01 \n W fed00100 0000204c \n W fed00108 00000000_00002710 \n W fed00120 00002206 \n W fed00128 00000000_00000064 \n W fed00150 fee01000_00004055 \n t 150us \n edges 17 = 1 \n edges 16 = 1 \n rtc 1",
+            "W fed00010 01; W fed00100 0000204c; W fed00108 00000000_00002710; W fed00120 00002206;
+             W fed00128 00000000_00000064; W fed00150 fee01000_00004055; t 150us; edges 17 = 1;
+             edges 16 = 1; rtc 1",
         );
         assert_round_trip(&*hpet);
         run(
             &rig,
             &hpet,
-            "edges 17 = 0 \n irq 17 = 1 \n irq 8 = 1 \n edges 16 = 0 \n R fed00150 = fee01000_00004055 \n t 50us \n edges 16 = 1 \n W fed00020 02 \n irq 17 = 0 \n R fed000f0 = 00000000_00004e20",
+            "edges 17 = 0; irq 17 = 1; irq 8 = 1; edges 16 = 0; R fed00150 = fee01000_00004055; t 50us;
+             edges 16 = 1; W fed00020 02; irq 17 = 0; R fed000f0 = 00000000_00004e20",
         );
     }
 

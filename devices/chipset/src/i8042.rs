@@ -155,37 +155,39 @@ mod tests {
         for (what, script) in [
             (
                 "self-test and port test",
-                "r 64 = 14 \n w 64 aa \n r 64 = 1d \n r 60 = 55 \n r 64 = 1c \n w 64 ab \n r 60 = 00",
+                "r 64 = 14; w 64 aa; r 64 = 1d; r 60 = 55; r 64 = 1c; w 64 ab; r 60 = 00",
             ),
             (
                 "Linux's search for an auxiliary port ends at once, in vain",
-                "w 64 20 \n r 60 = 65 \n w 64 d3 \n w 60 5a \n r 64 = 15 \n r 60 = 5a \n w 64 a9 \n r 64 = 1d \n r 60 = 02",
+                "w 64 20; r 60 = 65; w 64 d3; w 60 5a; r 64 = 15; r 60 = 5a; w 64 a9; r 64 = 1d; r 60 = 02",
             ),
             (
                 "a byte for the keyboard that is not there times out at once, with an interrupt",
-                "w 60 f2 \n irq 1 = 1 \n r 64 = 55 \n r 60 = fe \n irq 1 = 0 \n r 64 = 14 \n w 64 d4 \n w 60 ff \n r 64 = 55 \n r 60 = fe",
+                "w 60 f2; irq 1 = 1; r 64 = 55; r 60 = fe; irq 1 = 0; r 64 = 14; w 64 d4; w 60 ff;
+                 r 64 = 55; r 60 = fe",
             ),
             (
                 "the command byte",
-                "w 64 60 \n w 60 30 \n w 64 20 \n irq 1 = 0 \n r 64 = 19 \n r 60 = 30 \n w 64 ae \n w 64 a8 \n w 64 20 \n r 60 = 00 \n w 64 ad \n w 64 a7 \n w 64 20 \n r 60 = 30",
+                "w 64 60; w 60 30; w 64 20; irq 1 = 0; r 64 = 19; r 60 = 30; w 64 ae; w 64 a8; w 64 20;
+                 r 60 = 00; w 64 ad; w 64 a7; w 64 20; r 60 = 30",
             ),
             (
                 "a command cancels the one that waits for its byte",
-                "w 64 60 \n w 64 20 \n r 60 = 65 \n w 60 00 \n r 60 = fe \n w 64 20 \n r 60 = 65",
+                "w 64 60; w 64 20; r 60 = 65; w 60 00; r 60 = fe; w 64 20; r 60 = 65",
             ),
             (
                 "the output port and A20, by all its ways",
-                "w 64 d0 \n r 60 = 03 \n r 92 = 02 \n w 64 dd \n w 64 d0 \n w 64 d0 \n r 60 = 11 \n w 92 02 \n w 64 d0 \n r 60 = 03 \n w 64 d1 \n w 60 01 \n r 92 = 00 \n
-                 w 64 df \n r 92 = 02 \n requests = []",
+                "w 64 d0; r 60 = 03; r 92 = 02; w 64 dd; w 64 d0; w 64 d0; r 60 = 11; w 92 02; w 64 d0;
+                 r 60 = 03; w 64 d1; w 60 01; r 92 = 00; w 64 df; r 92 = 02; requests = []",
             ),
             (
                 "resets",
-                "w 64 fe \n requests = [Reset] \n w 64 f0 \n requests = [Reset] \n w 64 ff \n requests = [] \n w 64 d1 \n w 60 fe \n requests = [Reset] \n w 92 03 \n
-                 requests = [Reset] \n w 92 02 \n requests = []",
+                "w 64 fe; requests = [Reset]; w 64 f0; requests = [Reset]; w 64 ff; requests = []; w 64 d1;
+                 w 60 fe; requests = [Reset]; w 92 03; requests = [Reset]; w 92 02; requests = []",
             ),
             (
                 "unknown commands do nothing",
-                "w 64 00 \n w 64 5f \n w 64 b0 \n r 64 = 1c \n w 64 c0 \n r 60 = 80 \n w 64 e0 \n r 60 = 00",
+                "w 64 00; w 64 5f; w 64 b0; r 64 = 1c; w 64 c0; r 60 = 80; w 64 e0; r 60 = 00",
             ),
         ] {
             let (rig, _device) = rig();
@@ -197,11 +199,11 @@ mod tests {
     #[test]
     fn state_survives() {
         let (rig, device) = rig();
-        run(&rig, "w 64 dd \n w 60 f2 \n w 64 60 \n edges 1 = 1");
+        run(&rig, "w 64 dd; w 60 f2; w 64 60; edges 1 = 1");
         assert_round_trip(&*device);
         run(
             &rig,
-            "edges 1 = 0 \n irq 1 = 1 \n r 64 = 5d \n r 92 = 00 \n w 60 00 \n irq 1 = 0",
+            "edges 1 = 0; irq 1 = 1; r 64 = 5d; r 92 = 00; w 60 00; irq 1 = 0",
         );
     }
 

@@ -170,44 +170,53 @@ mod tests {
         for (what, script) in [
             (
                 "identification; reserved and read-only bits; accesses narrower and wider than a register",
-                "get 1 = 170020 \n get 0 = 0 \n set 0 ffffffff \n get 0 = f000000 \n get 2 = f000000 \n set 1 0 \n get 1 = 170020 \n get 10 = 10000 \n
-                 set 10 ffffffff \n get 10 = 1afff \n set 11 ffffffff \n get 11 = ffff0000 \n get 3f = 0 \n get 40 = 0 \n get ff = 0 \n set ff 1 \n
-                 W fec00000 11 \n R fec00013 = ff \n R fec0000e = 0000ffff_00000000 \n R fec00010 = 00000000_ffff0000 \n W fec00013 12 \n R fec00010 = 12ff0000 \n R fec00ffc = 00000000",
+                "get 1 = 170020; get 0 = 0; set 0 ffffffff; get 0 = f000000; get 2 = f000000; set 1 0;
+                 get 1 = 170020; get 10 = 10000; set 10 ffffffff; get 10 = 1afff; set 11 ffffffff;
+                 get 11 = ffff0000; get 3f = 0; get 40 = 0; get ff = 0; set ff 1; W fec00000 11;
+                 R fec00013 = ff; R fec0000e = 0000ffff_00000000; R fec00010 = 00000000_ffff0000;
+                 W fec00013 12; R fec00010 = 12ff0000; R fec00ffc = 00000000",
             ),
             (
                 "an edge is one message",
-                "set 18 30 \n set 19 3000000 \n up 4 \n sent = fee03000:4030 \n up 4 \n sent = \n down 4 \n sent = \n up 4 \n sent = fee03000:4030 \n get 18 = 30",
+                "set 18 30; set 19 3000000; up 4; sent = fee03000:4030; up 4; sent =; down 4; sent =; up 4;
+                 sent = fee03000:4030; get 18 = 30",
             ),
             (
                 "an edge on a masked input is lost",
-                "set 18 10030 \n up 4 \n set 18 30 \n sent =",
+                "set 18 10030; up 4; set 18 30; sent =",
             ),
             (
                 "logical, lowest priority, and extended destination",
-                "set 18 933 \n set 19 81420000 \n up 4 \n sent = fee8142c:4133 \n set 18 833 \n down 4 \n up 4 \n sent = fee81424:4033",
+                "set 18 933; set 19 81420000; up 4; sent = fee8142c:4133; set 18 833; down 4; up 4;
+                 sent = fee81424:4033",
             ),
             (
                 "NMI, INIT and ExtINT carry their mode and are never level-triggered",
-                "set 10 8400 \n up 0 \n sent = fee00000:4400 \n get 10 = 8400 \n set 12 8500 \n up 1 \n sent = fee00000:4500 \n set 14 8700 \n up 2 \n
-                 sent = fee00000:4700 \n down 2 \n up 2 \n sent = fee00000:4700",
+                "set 10 8400; up 0; sent = fee00000:4400; get 10 = 8400; set 12 8500; up 1;
+                 sent = fee00000:4500; set 14 8700; up 2; sent = fee00000:4700; down 2; up 2;
+                 sent = fee00000:4700",
             ),
             (
                 "a level is sent once, and again after EOI as long as it is high",
-                "set 22 a040 \n up 9 \n sent = fee00000:c040 \n get 22 = e040 \n down 9 \n up 9 \n sent = \n eoi 41 \n sent = \n eoi 40 \n sent = fee00000:c040 \n
-                 down 9 \n W fec00040 00000040 \n sent = \n get 22 = a040 \n up 9 \n sent = fee00000:c040",
+                "set 22 a040; up 9; sent = fee00000:c040; get 22 = e040; down 9; up 9; sent =; eoi 41;
+                 sent =; eoi 40; sent = fee00000:c040; down 9; W fec00040 00000040; sent =; get 22 = a040;
+                 up 9; sent = fee00000:c040",
             ),
             (
                 "a masked level is sent on unmasking",
-                "set 22 18040 \n up 9 \n sent = \n set 22 8040 \n sent = fee00000:c040 \n set 22 18040 \n eoi 40 \n sent = \n set 22 8040 \n sent = fee00000:c040 \n
-                 set 22 18040 \n eoi 40 \n down 9 \n set 22 8040 \n sent =",
+                "set 22 18040; up 9; sent =; set 22 8040; sent = fee00000:c040; set 22 18040; eoi 40;
+                 sent =; set 22 8040; sent = fee00000:c040; set 22 18040; eoi 40; down 9; set 22 8040;
+                 sent =",
             ),
             (
                 "the EOI of old software: an edge for a moment",
-                "set 22 8040 \n up 9 \n sent = fee00000:c040 \n set 22 10040 \n get 22 = 10040 \n set 22 8040 \n sent = fee00000:c040",
+                "set 22 8040; up 9; sent = fee00000:c040; set 22 10040; get 22 = 10040; set 22 8040;
+                 sent = fee00000:c040",
             ),
             (
                 "one EOI serves all pins of its vector",
-                "set 22 8040 \n set 24 8040 \n up 9 \n up 10 \n sent = fee00000:c040 fee00000:c040 \n eoi 40 \n sent = fee00000:c040 fee00000:c040",
+                "set 22 8040; set 24 8040; up 9; up 10; sent = fee00000:c040 fee00000:c040; eoi 40;
+                 sent = fee00000:c040 fee00000:c040",
             ),
         ] {
             let (rig, ioapic) = rig();
@@ -222,7 +231,7 @@ mod tests {
         run(
             &rig,
             &ioapic,
-            "set 22 8040 \n set 23 7000000 \n up 9 \n up 3 \n set 16 55 \n sent = fee07000:c040",
+            "set 22 8040; set 23 7000000; up 9; up 3; set 16 55; sent = fee07000:c040",
         );
         assert_round_trip(&*ioapic);
         ioapic.import(9, true);
@@ -231,7 +240,7 @@ mod tests {
         run(
             &rig,
             &ioapic,
-            "sent = \n get 22 = c040 \n up 3 \n sent = \n eoi 40 \n sent = fee07000:c040",
+            "sent =; get 22 = c040; up 3; sent =; eoi 40; sent = fee07000:c040",
         );
     }
 

@@ -167,8 +167,9 @@ mod tests {
     }
 
     /// As Linux does it: vectors from 0x30 and 0x38, nothing masked.
-    const INIT: &str = "w 20 11 \n w 21 30 \n w 21 04 \n w 21 01 \n w 21 00
-                        w a0 11 \n w a1 38 \n w a1 02 \n w a1 01 \n w a1 00 \n";
+    const INIT: &str =
+        "w 20 11; w 21 30; w 21 04; w 21 01; w 21 00; w a0 11; w a1 38; w a1 02; w a1 01;
+                        w a1 00";
 
     /// Words: `up N`, `down N`, `pulse N`, `ack`.
     fn run(rig: &Rig, pic: &Pic, script: &str) {
@@ -193,60 +194,66 @@ mod tests {
         for (what, script) in [
             (
                 "an edge is latched, taken once, and blocks its like until EOI",
-                "up 4 \n irq 31 = 1 \n r 20 = 10 \n ack = 34 \n irq 31 = 0 \n r 20 = 00 \n w 20 0b \n r 20 = 10 \n pulse 4 \n irq 31 = 0 \n
-                 down 4 \n pulse 4 \n irq 31 = 0 \n w 20 20 \n irq 31 = 1 \n ack = 34 \n w 20 20 \n irq 31 = 0",
+                "up 4; irq 31 = 1; r 20 = 10; ack = 34; irq 31 = 0; r 20 = 00; w 20 0b; r 20 = 10; pulse 4;
+                 irq 31 = 0; down 4; pulse 4; irq 31 = 0; w 20 20; irq 31 = 1; ack = 34; w 20 20; irq 31 = 0",
             ),
             (
                 "a higher priority interrupts a lower one, not the reverse",
-                "pulse 4 \n ack = 34 \n pulse 5 \n irq 31 = 0 \n pulse 1 \n irq 31 = 1 \n ack = 31 \n w 20 61 \n w 20 64 \n ack = 35",
+                "pulse 4; ack = 34; pulse 5; irq 31 = 0; pulse 1; irq 31 = 1; ack = 31; w 20 61; w 20 64;
+                 ack = 35",
             ),
             (
                 "the mask holds back what stays latched",
-                "w 21 10 \n r 21 = 10 \n pulse 4 \n irq 31 = 0 \n r 20 = 10 \n w 21 ef \n irq 31 = 1 \n w 21 ff \n irq 31 = 0 \n ack = 37",
+                "w 21 10; r 21 = 10; pulse 4; irq 31 = 0; r 20 = 10; w 21 ef; irq 31 = 1; w 21 ff;
+                 irq 31 = 0; ack = 37",
             ),
             (
                 "the slave comes through input 2",
-                "pulse 12 \n r 20 = 04 \n r a0 = 10 \n ack = 3c \n irq 31 = 0 \n w 20 0b \n r 20 = 04 \n pulse 8 \n irq 31 = 0 \n w 20 20 \n irq 31 = 1 \n
-                 ack = 38 \n w a0 20 \n w a0 20 \n w 20 20 \n pulse 2 \n irq 31 = 0",
+                "pulse 12; r 20 = 04; r a0 = 10; ack = 3c; irq 31 = 0; w 20 0b; r 20 = 04; pulse 8;
+                 irq 31 = 0; w 20 20; irq 31 = 1; ack = 38; w a0 20; w a0 20; w 20 20; pulse 2; irq 31 = 0",
             ),
             (
                 "in special fully nested mode the slave interrupts itself",
-                "w 20 11 \n w 21 30 \n w 21 04 \n w 21 11 \n pulse 12 \n ack = 3c \n pulse 8 \n irq 31 = 1 \n ack = 38",
+                "w 20 11; w 21 30; w 21 04; w 21 11; pulse 12; ack = 3c; pulse 8; irq 31 = 1; ack = 38",
             ),
             (
                 "spurious interrupts are not in service",
-                "ack = 37 \n w 20 0b \n r 20 = 00",
+                "ack = 37; w 20 0b; r 20 = 00",
             ),
             (
                 "level-triggered inputs ask as long as they are high",
-                "w 4d0 ff \n w 4d1 ff \n r 4d0 = def8 \n up 10 \n ack = 3a \n w a0 62 \n w 20 62 \n irq 31 = 1 \n ack = 3a \n down 10 \n w a0 62 \n w 20 62 \n
-                 irq 31 = 0 \n up 11 \n down 11 \n irq 31 = 0",
+                "w 4d0 ff; w 4d1 ff; r 4d0 = def8; up 10; ack = 3a; w a0 62; w 20 62; irq 31 = 1; ack = 3a;
+                 down 10; w a0 62; w 20 62; irq 31 = 0; up 11; down 11; irq 31 = 0",
             ),
             (
                 "automatic EOI, with rotation",
-                "w 20 11 \n w 21 30 \n w 21 04 \n w 21 03 \n pulse 3 \n ack = 33 \n pulse 3 \n ack = 33 \n w 20 80 \n pulse 3 \n ack = 33 \n pulse 3 \n
-                 pulse 4 \n ack = 34 \n ack = 33 \n w 20 00 \n pulse 3 \n pulse 4 \n ack = 34 \n ack = 33 \n pulse 3 \n pulse 4 \n ack = 34",
+                "w 20 11; w 21 30; w 21 04; w 21 03; pulse 3; ack = 33; pulse 3; ack = 33; w 20 80; pulse 3;
+                 ack = 33; pulse 3; pulse 4; ack = 34; ack = 33; w 20 00; pulse 3; pulse 4; ack = 34;
+                 ack = 33; pulse 3; pulse 4; ack = 34",
             ),
             (
                 "rotation on EOI and set priority",
-                "pulse 3 \n ack = 33 \n w 20 a0 \n pulse 3 \n pulse 4 \n ack = 34 \n w 20 e4 \n w 20 c5 \n pulse 6 \n ack = 36 \n w 20 66 \n ack = 33",
+                "pulse 3; ack = 33; w 20 a0; pulse 3; pulse 4; ack = 34; w 20 e4; w 20 c5; pulse 6;
+                 ack = 36; w 20 66; ack = 33",
             ),
             (
                 "special mask mode lets lower priorities through",
-                "pulse 1 \n ack = 31 \n w 21 02 \n pulse 6 \n irq 31 = 0 \n w 20 68 \n irq 31 = 1 \n ack = 36 \n w 20 48 \n pulse 7 \n irq 31 = 0",
+                "pulse 1; ack = 31; w 21 02; pulse 6; irq 31 = 0; w 20 68; irq 31 = 1; ack = 36; w 20 48;
+                 pulse 7; irq 31 = 0",
             ),
             (
                 "polling acknowledges",
-                "w 20 0c \n r 20 = 00 \n pulse 5 \n w 20 0c \n r 20 = 85 \n irq 31 = 0 \n w 20 0b \n r 20 = 20 \n pulse 9 \n w a0 0c \n r a0 = 81",
+                "w 20 0c; r 20 = 00; pulse 5; w 20 0c; r 20 = 85; irq 31 = 0; w 20 0b; r 20 = 20; pulse 9;
+                 w a0 0c; r a0 = 81",
             ),
             (
                 "initialisation forgets edges, mask and service; nothing is delivered until it is complete",
-                "pulse 4 \n ack = 34 \n up 5 \n w 21 ff \n w 20 11 \n r 21 = 00 \n irq 31 = 0 \n pulse 6 \n irq 31 = 0 \n w 21 47 \n w 21 04 \n w 21 01 \n
-                 r 20 = 40 \n ack = 46",
+                "pulse 4; ack = 34; up 5; w 21 ff; w 20 11; r 21 = 00; irq 31 = 0; pulse 6; irq 31 = 0;
+                 w 21 47; w 21 04; w 21 01; r 20 = 40; ack = 46",
             ),
             (
                 "single mode has no third word",
-                "w 20 13 \n w 21 50 \n w 21 01 \n w 21 fe \n pulse 0 \n ack = 50 \n w 20 12 \n w 21 58 \n w 21 fe \n r 21 = fe",
+                "w 20 13; w 21 50; w 21 01; w 21 fe; pulse 0; ack = 50; w 20 12; w 21 58; w 21 fe; r 21 = fe",
             ),
         ] {
             let (rig, pic) = rig();
@@ -263,7 +270,7 @@ mod tests {
         run(
             &rig,
             &pic,
-            "w 4d1 08 \n up 11 \n up 4 \n pulse 1 \n ack = 31 \n edges 31 = 1",
+            "w 4d1 08; up 11; up 4; pulse 1; ack = 31; edges 31 = 1",
         );
         assert_round_trip(&*pic);
         pic.import(4, true);
@@ -271,7 +278,7 @@ mod tests {
         run(
             &rig,
             &pic,
-            "edges 31 = 0 \n r 20 = 14 \n w 20 20 \n ack = 3b \n up 5 \n r 20 = 10",
+            "edges 31 = 0; r 20 = 14; w 20 20; ack = 3b; up 5; r 20 = 10",
         );
     }
 

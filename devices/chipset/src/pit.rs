@@ -193,63 +193,72 @@ mod tests {
         for (what, script) in [
             (
                 "mode 2 interrupts once a period, and reading does not disturb it",
-                "w 43 34 \n w 40 e8 \n w 40 03 \n edges 0 = 1 \n ticks 999 \n edges 0 = 0 \n r 40 = 01 \n r 40 = 00 \n ticks 1 \n edges 0 = 1 \n
-                 r 40 = e8 \n r 40 = 03 \n ticks 3500 \n edges 0 = 3 \n irq 0 = 1 \n t 1s \n edges 0 = 1193",
+                "w 43 34; w 40 e8; w 40 03; edges 0 = 1; ticks 999; edges 0 = 0; r 40 = 01; r 40 = 00;
+                 ticks 1; edges 0 = 1; r 40 = e8; r 40 = 03; ticks 3500; edges 0 = 3; irq 0 = 1; t 1s;
+                 edges 0 = 1193",
             ),
             (
                 "mode 0 interrupts once; a new count starts it anew",
-                "w 43 30 \n irq 0 = 0 \n w 40 0a \n w 40 00 \n ticks 9 \n irq 0 = 0 \n ticks 1 \n irq 0 = 1 \n r 40 = 00 \n r 40 = 00 \n ticks 1 \n
-                 r 40 = ff \n r 40 = ff \n t 1s \n edges 0 = 1 \n w 40 05 \n irq 0 = 0 \n t 1s \n irq 0 = 0 \n w 40 00 \n ticks 5 \n edges 0 = 1",
+                "w 43 30; irq 0 = 0; w 40 0a; w 40 00; ticks 9; irq 0 = 0; ticks 1; irq 0 = 1; r 40 = 00;
+                 r 40 = 00; ticks 1; r 40 = ff; r 40 = ff; t 1s; edges 0 = 1; w 40 05; irq 0 = 0; t 1s;
+                 irq 0 = 0; w 40 00; ticks 5; edges 0 = 1",
             ),
             (
                 "mode 3 counts by two and interrupts once a period; no count at all is 65536",
-                "w 43 36 \n w 40 00 \n w 40 00 \n ticks 3 \n r 40 = fa \n r 40 = ff \n edges 0 = 1 \n ticks 65532 \n edges 0 = 0 \n ticks 1 \n edges 0 = 1",
+                "w 43 36; w 40 00; w 40 00; ticks 3; r 40 = fa; r 40 = ff; edges 0 = 1; ticks 65532;
+                 edges 0 = 0; ticks 1; edges 0 = 1",
             ),
             (
                 "a new count of a running period waits for the end of it",
-                "w 43 34 \n w 40 0a \n w 40 00 \n ticks 5 \n w 40 14 \n w 40 00 \n w 43 e2 \n r 40 = f4 \n edges 0 = 1 \n ticks 5 \n edges 0 = 1 \n
-                 w 43 e2 \n r 40 = b4 \n ticks 19 \n edges 0 = 0 \n ticks 1 \n edges 0 = 1",
+                "w 43 34; w 40 0a; w 40 00; ticks 5; w 40 14; w 40 00; w 43 e2; r 40 = f4; edges 0 = 1;
+                 ticks 5; edges 0 = 1; w 43 e2; r 40 = b4; ticks 19; edges 0 = 0; ticks 1; edges 0 = 1",
             ),
             (
                 "modes 4 and 1 on channel 0: a strobe, and a trigger that never comes",
-                "w 43 18 \n w 40 03 \n edges 0 = 1 \n ticks 3 \n edges 0 = 0 \n ticks 1 \n edges 0 = 1 \n t 1s \n edges 0 = 0 \n w 43 12 \n w 40 03 \n
-                 t 1s \n edges 0 = 0",
+                "w 43 18; w 40 03; edges 0 = 1; ticks 3; edges 0 = 0; ticks 1; edges 0 = 1; t 1s;
+                 edges 0 = 0; w 43 12; w 40 03; t 1s; edges 0 = 0",
             ),
             (
                 "latches hold, the first one counts, and status comes before count",
-                "w 43 34 \n w 40 64 \n w 40 00 \n ticks 10 \n w 43 00 \n ticks 10 \n w 43 00 \n w 43 c2 \n r 40 = b4 \n r 40 = 5a \n r 40 = 00 \n r 40 = 50",
+                "w 43 34; w 40 64; w 40 00; ticks 10; w 43 00; ticks 10; w 43 00; w 43 c2; r 40 = b4;
+                 r 40 = 5a; r 40 = 00; r 40 = 50",
             ),
             (
                 "read-back of several channels; the control word itself cannot be read",
-                "w 43 94 \n w 42 10 \n w 43 54 \n w 41 20 \n w 43 ec \n r 41 = 94 \n r 42 = d4 \n r 43 = ff \n w 43 ee \n r 40 = f6",
+                "w 43 94; w 42 10; w 43 54; w 41 20; w 43 ec; r 41 = 94; r 42 = d4; r 43 = ff; w 43 ee;
+                 r 40 = f6",
             ),
             (
                 "one-byte access",
-                "w 43 14 \n w 40 20 \n ticks 1 \n r 40 = 1f \n r 40 = 1f \n w 43 24 \n w 40 02 \n ticks 1 \n r 40 = 01",
+                "w 43 14; w 40 20; ticks 1; r 40 = 1f; r 40 = 1f; w 43 24; w 40 02; ticks 1; r 40 = 01",
             ),
             (
                 "decimal counting, and digits that are none",
-                "w 43 35 \n w 40 00 \n w 40 10 \n ticks 1 \n r 40 = 99 \n r 40 = 09 \n w 43 31 \n w 40 00 \n w 40 00 \n ticks 1 \n r 40 = 99 \n r 40 = 99 \n
-                 w 43 35 \n w 40 ff \n w 40 ff \n t 1s \n r 40 = .. \n r 40 = ..",
+                "w 43 35; w 40 00; w 40 10; ticks 1; r 40 = 99; r 40 = 09; w 43 31; w 40 00; w 40 00;
+                 ticks 1; r 40 = 99; r 40 = 99; w 43 35; w 40 ff; w 40 ff; t 1s; r 40 = ..; r 40 = ..",
             ),
             (
                 "Linux calibrates with channel 2 in mode 0, gated by port B",
-                "w 61 01 \n r 61 = .1 \n w 43 b0 \n w 42 ff \n w 42 ff \n ticks 256 \n r 42 = ff \n r 42 = fe \n r 61 = .1 \n out2 = 0 \n ticks 65279 \n r 61 = .1 \n out2 = 1 \n
-                 w 61 00 \n w 43 b0 \n w 42 10 \n w 42 00 \n ticks 100 \n r 42 = 10 \n r 42 = 00 \n w 61 01 \n ticks 8 \n w 61 00 \n ticks 50 \n r 42 = 08 \n
-                 r 42 = 00 \n r 61 = .0 \n out2 = 0 \n w 61 01 \n ticks 8 \n r 61 = .1 \n out2 = 1",
+                "w 61 01; r 61 = .1; w 43 b0; w 42 ff; w 42 ff; ticks 256; r 42 = ff; r 42 = fe; r 61 = .1;
+                 out2 = 0; ticks 65279; r 61 = .1; out2 = 1; w 61 00; w 43 b0; w 42 10; w 42 00; ticks 100;
+                 r 42 = 10; r 42 = 00; w 61 01; ticks 8; w 61 00; ticks 50; r 42 = 08; r 42 = 00; r 61 = .0;
+                 out2 = 0; w 61 01; ticks 8; r 61 = .1; out2 = 1",
             ),
             (
                 "one-shots and strobes by gate",
-                "w 43 b2 \n w 42 05 \n w 42 00 \n t 0ns \n r 61 = .0 \n out2 = 1 \n w 61 01 \n r 61 = .1 \n out2 = 0 \n ticks 4 \n r 61 = .1 \n out2 = 0 \n w 61 00 \n w 61 01 \n ticks 4 \n
-                 r 61 = .1 \n out2 = 0 \n ticks 1 \n r 61 = .1 \n out2 = 1 \n w 43 ba \n w 42 05 \n w 42 00 \n w 61 00 \n w 61 01 \n ticks 5 \n r 61 = .1 \n out2 = 0 \n ticks 1 \n r 61 = .1 \n out2 = 1",
+                "w 43 b2; w 42 05; w 42 00; t 0ns; r 61 = .0; out2 = 1; w 61 01; r 61 = .1; out2 = 0;
+                 ticks 4; r 61 = .1; out2 = 0; w 61 00; w 61 01; ticks 4; r 61 = .1; out2 = 0; ticks 1;
+                 r 61 = .1; out2 = 1; w 43 ba; w 42 05; w 42 00; w 61 00; w 61 01; ticks 5; r 61 = .1;
+                 out2 = 0; ticks 1; r 61 = .1; out2 = 1",
             ),
             (
                 "the square wave rests high while the gate is low",
-                "w 43 b6 \n w 42 0a \n w 42 00 \n r 61 = .0 \n out2 = 1 \n w 61 03 \n ticks 4 \n r 61 = .3 \n out2 = 1 \n ticks 1 \n r 61 = .3 \n out2 = 0 \n w 61 00 \n r 61 = .0 \n out2 = 1 \n w 61 01 \n r 61 = .1 \n out2 = 1",
+                "w 43 b6; w 42 0a; w 42 00; r 61 = .0; out2 = 1; w 61 03; ticks 4; r 61 = .3; out2 = 1;
+                 ticks 1; r 61 = .3; out2 = 0; w 61 00; r 61 = .0; out2 = 1; w 61 01; r 61 = .1; out2 = 1",
             ),
             (
                 "the refresh toggle",
-                "r 61 = 20 \n t 15085ns \n r 61 = 30 \n t 15085ns \n r 61 = 20 \n w 61 fe \n r 61 = 2e",
+                "r 61 = 20; t 15085ns; r 61 = 30; t 15085ns; r 61 = 20; w 61 fe; r 61 = 2e",
             ),
         ] {
             let (rig, _pit) = rig();
@@ -261,7 +270,7 @@ mod tests {
     #[test]
     fn a_slow_host_makes_up_for_a_few_interrupts_only() {
         let (rig, _pit) = rig();
-        run(&rig, "w 43 34 \n w 40 e8 \n w 40 03 \n edges 0 = 1");
+        run(&rig, "w 43 34; w 40 e8; w 40 03; edges 0 = 1");
         // The clock leaps, as after a stall of the host: 1000 periods are overdue.
         rig.clock.pause();
         rig.clock.set_now(1_000_000_000);
@@ -278,7 +287,7 @@ mod tests {
     #[test]
     fn a_guest_cannot_have_more_interrupts_than_the_host_can_bear() {
         let (rig, _pit) = rig();
-        run(&rig, "w 43 14 \n w 40 01 \n t 1s");
+        run(&rig, "w 43 14; w 40 01; t 1s");
         assert!(rig.lines.take_edges(0) <= 50_001);
     }
 
@@ -287,12 +296,13 @@ mod tests {
         let (rig, pit) = rig();
         run(
             &rig,
-            "w 43 34 \n w 40 e8 \n w 40 03 \n w 61 03 \n w 43 b6 \n w 42 10 \n ticks 10 \n w 43 c6 \n edges 0 = 1",
+            "w 43 34; w 40 e8; w 40 03; w 61 03; w 43 b6; w 42 10; ticks 10; w 43 c6; edges 0 = 1",
         );
         assert_round_trip(&*pit);
         run(
             &rig,
-            "edges 0 = 0 \n irq 0 = 1 \n r 40 = b4 \n r 40 = de \n r 40 = 03 \n w 42 00 \n ticks 990 \n edges 0 = 1 \n r 42 = 04 \n r 42 = 00",
+            "edges 0 = 0; irq 0 = 1; r 40 = b4; r 40 = de; r 40 = 03; w 42 00; ticks 990; edges 0 = 1;
+             r 42 = 04; r 42 = 00",
         );
     }
 

@@ -108,12 +108,12 @@ mod tests {
         ports
             .map(RESET_CONTROL_PORT.into(), 1, device.clone() as _)
             .unwrap();
-        rig.run("w cf9 02 \n r cf9 = 02");
+        rig.run("w cf9 02; r cf9 = 02");
         assert_eq!(rig.take_requests(), []);
-        rig.run("w cf9 06 \n w cf9 ff \n r cf9 = 0e");
+        rig.run("w cf9 06; w cf9 ff; r cf9 = 0e");
         assert_eq!(rig.take_requests(), [MachineRequest::Reset]);
         assert_round_trip(&*device);
-        rig.run("r cf9 = 0e \n w cf9 00 \n w cf9 04");
+        rig.run("r cf9 = 0e; w cf9 00; w cf9 04");
         assert_eq!(rig.take_requests(), [MachineRequest::Reset]);
     }
 }

@@ -211,58 +211,66 @@ mod tests {
         for (what, script) in [
             (
                 "the wall clock, over a leap day",
-                "get a = 26 \n get b = 02 \n get d = 80 \n date = 20 24 02 29 05 23 59 58 \n t 2s \n date = 20 24 03 01 06 00 00 00 \n r 70 = ff",
+                "get a = 26; get b = 02; get d = 80; date = 20 24 02 29 05 23 59 58; t 2s;
+                 date = 20 24 03 01 06 00 00 00; r 70 = ff",
             ),
             (
                 "binary, and twelve hours",
-                "set b 06 \n date = 14 18 02 1d 05 17 3b 3a \n set b 00 \n get 4 = 91 \n t 2s \n get 4 = 12 \n set b 04 \n get 4 = 0c \n set 4 0c \n get 4 = 0c \n
-                 set 4 8c \n get 4 = 8c \n set b 02 \n get 4 = 12",
+                "set b 06; date = 14 18 02 1d 05 17 3b 3a; set b 00; get 4 = 91; t 2s; get 4 = 12; set b 04;
+                 get 4 = 0c; set 4 0c; get 4 = 0c; set 4 8c; get 4 = 8c; set b 02; get 4 = 12",
             ),
             (
                 "UIP is seen just before the second, and never while the clock stands",
-                "t 999755us \n get a = 26 \n t 2us \n get a = a6 \n t 242us \n get a = a6 \n t 1us \n get a = 26 \n get 0 = 59 \n set b 82 \n t 999900us \n get a = 26",
+                "t 999755us; get a = 26; t 2us; get a = a6; t 242us; get a = a6; t 1us; get a = 26;
+                 get 0 = 59; set b 82; t 999900us; get a = 26",
             ),
             (
                 "setting the time as Linux does: SET, divider reset, and the next second half a second later",
-                "set b 82 \n set a 76 \n set 0 50 \n set 2 59 \n set 4 23 \n set 7 31 \n set 8 12 \n set 9 99 \n set 32 19 \n t 5s \n get 0 = 50 \n set b 02 \n t 5s \n
-                 get 0 = 50 \n set a 26 \n t 499ms \n get 0 = 50 \n t 1ms \n get 0 = 51 \n t 9s \n date = 20 00 01 01 07 00 00 00",
+                "set b 82; set a 76; set 0 50; set 2 59; set 4 23; set 7 31; set 8 12; set 9 99; set 32 19;
+                 t 5s; get 0 = 50; set b 02; t 5s; get 0 = 50; set a 26; t 499ms; get 0 = 50; t 1ms;
+                 get 0 = 51; t 9s; date = 20 00 01 01 07 00 00 00",
             ),
             (
                 "with SET alone the fraction of the second goes on",
-                "t 400ms \n set b 82 \n t 1s \n set 0 10 \n set b 02 \n t 599ms \n get 0 = 10 \n t 1ms \n get 0 = 11",
+                "t 400ms; set b 82; t 1s; set 0 10; set b 02; t 599ms; get 0 = 10; t 1ms; get 0 = 11",
             ),
             (
                 "setting a running clock; values that are none",
-                "set 0 10 \n get 0 = 10 \n set 2 00 \n get 2 = 00 \n set 8 ff \n get 8 = 12 \n set 8 00 \n get 8 = 01 \n set 7 ff \n set 9 ff \n set 32 ff \n set 4 ff \n date = .. .. .. .. .. .. .. ..",
+                "set 0 10; get 0 = 10; set 2 00; get 2 = 00; set 8 ff; get 8 = 12; set 8 00; get 8 = 01;
+                 set 7 ff; set 9 ff; set 32 ff; set 4 ff; date = .. .. .. .. .. .. .. ..",
             ),
             (
                 "the update interrupt, once a second, cleared by reading C",
-                "get c = 00 \n set b 12 \n t 999ms \n irq 8 = 0 \n t 1ms \n irq 8 = 1 \n t 5s \n edges 8 = 1 \n get c = f0 \n irq 8 = 0 \n get c = 00 \n t 1s \n edges 8 = 1 \n
-                 set b 92 \n irq 8 = 0 \n get b = 82 \n get c = 50",
+                "get c = 00; set b 12; t 999ms; irq 8 = 0; t 1ms; irq 8 = 1; t 5s; edges 8 = 1; get c = f0;
+                 irq 8 = 0; get c = 00; t 1s; edges 8 = 1; set b 92; irq 8 = 0; get b = 82; get c = 50",
             ),
             (
                 "flags without interrupts",
-                "get c = 00 \n t 1s \n get c = 50 \n t 1us \n get c = 00 \n t 1ms \n get c = 40",
+                "get c = 00; t 1s; get c = 50; t 1us; get c = 00; t 1ms; get c = 40",
             ),
             (
                 "the periodic interrupt at 1024, 8192, 256 Hz and never",
-                "set b 42 \n t 976us \n irq 8 = 0 \n t 1us \n irq 8 = 1 \n get c = c0 \n t 976us \n irq 8 = 0 \n t 1us \n irq 8 = 1 \n set a 23 \n get c = c0 \n
-                 t 123us \n irq 8 = 1 \n get c = c0 \n set a 21 \n t 100ms \n get c = c0 \n t 4ms \n get c = c0 \n set a 20 \n t 1s \n get c = 10 \n set a 76 \n t 1s \n get c = 00",
+                "set b 42; t 976us; irq 8 = 0; t 1us; irq 8 = 1; get c = c0; t 976us; irq 8 = 0; t 1us;
+                 irq 8 = 1; set a 23; get c = c0; t 123us; irq 8 = 1; get c = c0; set a 21; t 100ms;
+                 get c = c0; t 4ms; get c = c0; set a 20; t 1s; get c = 10; set a 76; t 1s; get c = 00",
             ),
             (
                 "an alarm at a time of day, tomorrow",
-                "set 1 05 \n set 3 00 \n set 5 00 \n get c = 00 \n set b 22 \n t 6999ms \n irq 8 = 0 \n t 1ms \n irq 8 = 1 \n get c = f0 \n t 86399s \n irq 8 = 0 \n t 1s \n irq 8 = 1",
+                "set 1 05; set 3 00; set 5 00; get c = 00; set b 22; t 6999ms; irq 8 = 0; t 1ms; irq 8 = 1;
+                 get c = f0; t 86399s; irq 8 = 0; t 1s; irq 8 = 1",
             ),
             (
                 "alarms that match every second, minute, hour; in twelve hours; and never",
-                "set 1 ff \n set 3 ff \n set 5 ff \n set b 22 \n t 1s \n get c = f0 \n t 1s \n get c = f0 \n set 1 03 \n t 3s \n get c = f0 \n t 59s \n irq 8 = 0 \n t 1s \n get c = f0 \n
-                 set 3 01 \n t 58s \n irq 8 = 0 \n t 3539s \n irq 8 = 0 \n t 3s \n irq 8 = 1 \n set b 20 \n set 5 82 \n get c = f0 \n t 46000s \n irq 8 = 0 \n t 1000s \n irq 8 = 1 \n get c = f0 \n
-                 set 5 77 \n t 90000s \n irq 8 = 0",
+                "set 1 ff; set 3 ff; set 5 ff; set b 22; t 1s; get c = f0; t 1s; get c = f0; set 1 03; t 3s;
+                 get c = f0; t 59s; irq 8 = 0; t 1s; get c = f0; set 3 01; t 58s; irq 8 = 0; t 3539s;
+                 irq 8 = 0; t 3s; irq 8 = 1; set b 20; set 5 82; get c = f0; t 46000s; irq 8 = 0; t 1000s;
+                 irq 8 = 1; get c = f0; set 5 77; t 90000s; irq 8 = 0",
             ),
             (
                 "memory for firmware, and memory of the guest's own",
-                "get 15 = 80 \n get 16 = 02 \n get 17 = ff \n get 18 = ff \n get 30 = ff \n get 31 = ff \n get 34 = 00 \n get 35 = 1f \n get 5b = 00 \n get 5c = c0 \n get 5d = 00 \n
-                 get 5f = 03 \n get 2e = 02 \n get 2f = 80 \n set 40 77 \n get 40 = 77 \n get c0 = 77 \n set d ff \n set c ff \n get d = 80 \n get c = 00",
+                "get 15 = 80; get 16 = 02; get 17 = ff; get 18 = ff; get 30 = ff; get 31 = ff; get 34 = 00;
+                 get 35 = 1f; get 5b = 00; get 5c = c0; get 5d = 00; get 5f = 03; get 2e = 02; get 2f = 80;
+                 set 40 77; get 40 = 77; get c0 = 77; set d ff; set c ff; get d = 80; get c = 00",
             ),
         ] {
             let (rig, _rtc) = rig();
@@ -274,12 +282,9 @@ mod tests {
     #[test]
     fn time_and_memory_outlive_a_reset_but_interrupts_do_not() {
         let (rig, rtc) = rig();
-        run(
-            &rig,
-            "set 40 77 \n set 4 03 \n set b 52 \n t 1s \n irq 8 = 1",
-        );
+        run(&rig, "set 40 77; set 4 03; set b 52; t 1s; irq 8 = 1");
         rtc.reset();
-        run(&rig, "irq 8 = 0 \n get b = 02 \n get 40 = 77 \n get 4 = 03");
+        run(&rig, "irq 8 = 0; get b = 02; get 40 = 77; get 4 = 03");
     }
 
     #[test]
@@ -287,12 +292,12 @@ mod tests {
         let (rig, rtc) = rig();
         run(
             &rig,
-            "set 9 85 \n set b 52 \n t 1s \n irq 8 = 1 \n edges 8 = 1 \n set 1 00",
+            "set 9 85; set b 52; t 1s; irq 8 = 1; edges 8 = 1; set 1 00",
         );
         assert_round_trip(&*rtc);
         run(
             &rig,
-            "edges 8 = 0 \n irq 8 = 1 \n get 9 = 85 \n get c = .0 \n t 1s \n irq 8 = 1",
+            "edges 8 = 0; irq 8 = 1; get 9 = 85; get c = .0; t 1s; irq 8 = 1",
         );
     }
 

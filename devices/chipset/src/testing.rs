@@ -1,6 +1,7 @@
 //! What the tests of this crate share: a bus with a manual clock, recorders for everything a device drives, scripts.
 //!
-//! A script is one line a step; `#` begins a comment; numbers are hexadecimal but for times and line numbers:
+//! A script is steps, one a line or with `;` between them; `#` begins a comment; numbers are hexadecimal but
+//! for times and line numbers:
 //!
 //! ```text
 //! w 3f8 41          write port 0x3f8, one byte; the number of digits gives the size
@@ -138,11 +139,9 @@ impl Rig {
 
     /// Runs a script; `own` answers the words that are not common.
     pub fn run_with(&self, script: &str, mut own: impl FnMut(&[&str]) -> String) {
-        for (number, text) in script.lines().enumerate() {
-            let text = text.split('#').next().unwrap().trim();
-            if text.is_empty() {
-                continue;
-            }
+        let lines = script.lines().map(|line| line.split('#').next().unwrap());
+        let steps = lines.flat_map(|line| line.split(';')).map(str::trim);
+        for text in steps.filter(|text| !text.is_empty()) {
             let (step, expected) = match text.split_once('=') {
                 Some((step, expected)) => (step, expected.trim().replace('_', "")),
                 None => (text, String::new()),
@@ -161,11 +160,7 @@ impl Rig {
                 ["edges", line] => self.lines.take_edges(line.parse().unwrap()).to_string(),
                 _ => own(&words),
             };
-            assert!(
-                matches(&found, &expected),
-                "script line {}: {text}\nfound {found:?}",
-                number + 1
-            );
+            assert!(matches(&found, &expected), "{text}\nfound {found:?}");
         }
     }
 

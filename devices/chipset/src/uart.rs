@@ -239,63 +239,68 @@ mod tests {
         for (what, script) in [
             (
                 "after power-on nothing waits and the transmitter is empty",
-                "r 3f9 = 00 \n r 3fa = 01 \n r 3fb = 00 \n r 3fc = 00 \n r 3fd = 60 \n r 3fe = b0 \n irq 4 = 0",
+                "r 3f9 = 00; r 3fa = 01; r 3fb = 00; r 3fc = 00; r 3fd = 60; r 3fe = b0; irq 4 = 0",
             ),
             (
                 "bytes go out at once, and a word access is two register accesses",
-                "w 3f8 48 \n w 3f8 69 \n out = Hi \n w 3ff 77 \n r 3fe = 77b0 \n w 3f8 0141 \n out = A \n r 3f9 = 01",
+                "w 3f8 48; w 3f8 69; out = Hi; w 3ff 77; r 3fe = 77b0; w 3f8 0141; out = A; r 3f9 = 01",
             ),
             (
                 "the divisor lies behind DLAB",
-                "w 3fb 83 \n w 3f8 34 \n w 3f9 12 \n r 3f8 = 1234 \n w 3fb 03 \n r 3f8 = 0000 \n out =",
+                "w 3fb 83; w 3f8 34; w 3f9 12; r 3f8 = 1234; w 3fb 03; r 3f8 = 0000; out =",
             ),
             (
                 "FIFOs, their identification, and reserved bits that stay zero",
-                "w 3fa c7 \n r 3fa = c1 \n w 3fa 00 \n r 3fa = 01 \n w 3f9 ff \n r 3f9 = 0f \n w 3fc ff \n r 3fc = 1f",
+                "w 3fa c7; r 3fa = c1; w 3fa 00; r 3fa = 01; w 3f9 ff; r 3f9 = 0f; w 3fc ff; r 3fc = 1f",
             ),
             (
                 "Linux's test of the transmitter-empty interrupt",
-                "w 3fc 08 \n w 3f9 02 \n irq 4 = 1 \n r 3fa = 02 \n irq 4 = 0 \n r 3fa = 01 \n w 3f9 00 \n w 3f9 02 \n
-                 r 3fa = 02 \n w 3f9 00 \n w 3f8 41 \n r 3fa = 01 \n w 3f9 02 \n irq 4 = 1 \n w 3f8 41 \n r 3fa = 02 \n w 3f8 42 \n r 3fa = 02",
+                "w 3fc 08; w 3f9 02; irq 4 = 1; r 3fa = 02; irq 4 = 0; r 3fa = 01; w 3f9 00; w 3f9 02;
+                 r 3fa = 02; w 3f9 00; w 3f8 41; r 3fa = 01; w 3f9 02; irq 4 = 1; w 3f8 41; r 3fa = 02;
+                 w 3f8 42; r 3fa = 02",
             ),
             (
                 "OUT2 gates the line",
-                "w 3f9 02 \n irq 4 = 0 \n w 3fc 08 \n irq 4 = 1 \n w 3fc 18 \n irq 4 = 0",
+                "w 3f9 02; irq 4 = 0; w 3fc 08; irq 4 = 1; w 3fc 18; irq 4 = 0",
             ),
             (
                 "Linux's loopback test, and delta bits",
-                "w 3fc 1a \n r 3fe = 92 \n w 3fc 15 \n r 3fe = 6b \n r 3fe = 60 \n w 3fc 11 \n r 3fe = 24 \n w 3fc 00 \n r 3fe = b9",
+                "w 3fc 1a; r 3fe = 92; w 3fc 15; r 3fe = 6b; r 3fe = 60; w 3fc 11; r 3fe = 24; w 3fc 00;
+                 r 3fe = b9",
             ),
             (
                 "the modem-status interrupt",
-                "w 3f9 08 \n w 3fc 1d \n w 3fc 0b \n irq 4 = 1 \n r 3fa = 00 \n r 3fe = b5 \n irq 4 = 0",
+                "w 3f9 08; w 3fc 1d; w 3fc 0b; irq 4 = 1; r 3fa = 00; r 3fe = b5; irq 4 = 0",
             ),
             (
                 "without FIFO a byte interrupts at once and the next must wait",
-                "w 3fc 08 \n w 3f9 01 \n type 41 42 = 1 \n irq 4 = 1 \n r 3fa = 04 \n r 3fd = 61 \n r 3f8 = 41 \n irq 4 = 0 \n r 3fd = 60",
+                "w 3fc 08; w 3f9 01; type 41 42 = 1; irq 4 = 1; r 3fa = 04; r 3fd = 61; r 3f8 = 41;
+                 irq 4 = 0; r 3fd = 60",
             ),
             (
                 "below the trigger level input interrupts after four character times",
-                "w 3fb 83 \n w 3f8 01 \n w 3f9 00 \n w 3fb 03 \n w 3fa 81 \n w 3fc 08 \n w 3f9 01 \n type 31 32 = 2 \n irq 4 = 0 \n
-                 t 347us \n irq 4 = 0 \n r 3fd = 61 \n t 1us \n irq 4 = 1 \n r 3fa = cc \n r 3f8 = 31 \n irq 4 = 0 \n t 1ms \n irq 4 = 1 \n
-                 r 3f8 = 32 \n irq 4 = 0 \n t 1s \n irq 4 = 0",
+                "w 3fb 83; w 3f8 01; w 3f9 00; w 3fb 03; w 3fa 81; w 3fc 08; w 3f9 01; type 31 32 = 2;
+                 irq 4 = 0; t 347us; irq 4 = 0; r 3fd = 61; t 1us; irq 4 = 1; r 3fa = cc; r 3f8 = 31;
+                 irq 4 = 0; t 1ms; irq 4 = 1; r 3f8 = 32; irq 4 = 0; t 1s; irq 4 = 0",
             ),
             (
                 "at the trigger level input interrupts at once; the FIFO takes sixteen",
-                "w 3fa 81 \n w 3fc 08 \n w 3f9 01 \n fill 7 = 7 \n irq 4 = 0 \n fill 1 = 1 \n r 3fa = c4 \n fill 20 = 8 \n fill 1 = 0 \n r 3fd = 61 \n
-                 r 3f8 = 61 \n fill 20 = 1 \n w 3fa 83 \n irq 4 = 0 \n r 3fd = 60",
+                "w 3fa 81; w 3fc 08; w 3f9 01; fill 7 = 7; irq 4 = 0; fill 1 = 1; r 3fa = c4; fill 20 = 8;
+                 fill 1 = 0; r 3fd = 61; r 3f8 = 61; fill 20 = 1; w 3fa 83; irq 4 = 0; r 3fd = 60",
             ),
             (
                 "overrun in loopback: line status has the highest priority",
-                "w 3fc 18 \n w 3f9 07 \n w 3f8 01 \n w 3f8 02 \n r 3fa = 06 \n r 3fd = 63 \n r 3fa = 04 \n r 3f8 = 02 \n r 3fa = 02 \n out = \n type 33 = 0",
+                "w 3fc 18; w 3f9 07; w 3f8 01; w 3f8 02; r 3fa = 06; r 3fd = 63; r 3fa = 04; r 3f8 = 02;
+                 r 3fa = 02; out =; type 33 = 0",
             ),
             (
                 "a break is a zero byte with an error",
-                "w 3fa 01 \n break \n type 41 = 1 \n r 3fd = f1 \n r 3fd = 61 \n r 3f8 = 00 \n r 3f8 = 41",
+                "w 3fa 01; break; type 41 = 1; r 3fd = f1; r 3fd = 61; r 3f8 = 00; r 3f8 = 41",
             ),
             (
                 "a divisor of zero does not put input off for ever",
-                "w 3fb 80 \n w 3f8 00 \n w 3f9 00 \n w 3fb 00 \n w 3fa c1 \n w 3f9 01 \n w 3fc 08 \n type 41 = 1 \n t 40ms \n irq 4 = 1",
+                "w 3fb 80; w 3f8 00; w 3f9 00; w 3fb 00; w 3fa c1; w 3f9 01; w 3fc 08; type 41 = 1; t 40ms;
+                 irq 4 = 1",
             ),
         ] {
             let (rig, uart) = rig();
@@ -317,7 +322,7 @@ mod tests {
         assert_eq!(uart.offer(b"ab"), 1);
         rig.run("r 3f8 = 61");
         assert_eq!(*calls.lock().unwrap(), 1);
-        rig.run("w 3fc 10 \n r 3f8 = 63");
+        rig.run("w 3fc 10; r 3f8 = 63");
         assert_eq!(*calls.lock().unwrap(), 1, "not while in loopback");
         rig.run("w 3fc 00");
         assert_eq!(*calls.lock().unwrap(), 2);
@@ -333,14 +338,14 @@ mod tests {
         run(
             &rig,
             &uart,
-            "w 3fa c1 \n w 3fc 08 \n w 3f9 03 \n type 41 42 = 2 \n edges 4 = 1",
+            "w 3fa c1; w 3fc 08; w 3f9 03; type 41 42 = 2; edges 4 = 1",
         );
         assert_round_trip(&*uart);
         // Neither the level nor the running time-out is lost, and restoring makes no edge.
         run(
             &rig,
             &uart,
-            "edges 4 = 0 \n irq 4 = 1 \n r 3fa = c2 \n irq 4 = 0 \n t 1s \n irq 4 = 1 \n r 3f8 = 41",
+            "edges 4 = 0; irq 4 = 1; r 3fa = c2; irq 4 = 0; t 1s; irq 4 = 1; r 3f8 = 41",
         );
     }
 
