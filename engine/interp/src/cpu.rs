@@ -157,6 +157,9 @@ pub struct Cpu {
     pub delivering: Option<Event>,
     /// Debug conditions met by the current instruction (DR6 bits), for a trap after it.
     pub debug_trap: u64,
+    /// RFLAGS.TF was set when the instruction began: a trap follows it. What enters a handler drops it, as does a
+    /// load of SS.
+    pub step_trap: bool,
     /// A level-triggered interrupt was finished: its vector must go to the IOAPICs.
     pub eoi: Option<u8>,
     /// Something changed that may make an event deliverable: look before the next block.

@@ -90,6 +90,7 @@ impl InterpVcpu {
             io: IoReplay::default(),
             delivering: None,
             debug_trap: 0,
+            step_trap: false,
             eoi: None,
             check_events: true,
             code_written: false,
@@ -183,7 +184,7 @@ impl Cpu {
     /// Executes the first instruction of a block with all that may have to be done around one: breakpoints, traps, the end of
     /// an interrupt shadow and of a repeated I/O.
     fn step(&mut self, block: &Block) -> Exec {
-        let trap = self.flag(RFlags::TF);
+        self.step_trap = self.flag(RFlags::TF);
         // An IRET that sets RF means the next instruction.
         let resume = self.flag(RFlags::RF);
         if self.dr7 & 0xff != 0 && !self.flag(RFlags::RF) {
@@ -214,7 +215,7 @@ impl Cpu {
             }
         }
         self.check_events = true;
-        if trap {
+        if self.step_trap {
             self.debug_trap |= dr6::BS;
         }
         if self.debug_trap != 0 {

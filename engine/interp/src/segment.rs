@@ -335,8 +335,16 @@ pub fn mov_to_segment(c: &mut Cpu, op: &Op) -> Exec {
     let reg = register(op, 0);
     let selector = read_rm::<u16>(c, op, 1)?;
     c.load_segment(reg, selector)?;
-    c.shadow |= reg == seg::SS;
+    stack_loaded(c, reg);
     Err(Stop::EndBlock)
+}
+
+/// MOV SS and POP SS hold off interrupts and traps, so that the load of RSP that follows is not separated from them.
+fn stack_loaded(c: &mut Cpu, reg: u8) {
+    if reg == seg::SS {
+        c.shadow = true;
+        c.step_trap = false;
+    }
 }
 
 /// PUSH Sreg at an operand size of `size` bytes.
@@ -357,7 +365,7 @@ pub fn pop(c: &mut Cpu, op: &Op, size: u64) -> Exec {
     let segment = c.fetch_segment(reg, selector)?;
     c.set_sp(sp.wrapping_add(size));
     c.set_segment(reg, segment);
-    c.shadow |= reg == seg::SS;
+    stack_loaded(c, reg);
     Err(Stop::EndBlock)
 }
 

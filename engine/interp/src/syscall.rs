@@ -58,6 +58,8 @@ pub fn syscall(c: &mut Cpu) -> Exec {
     } else {
         c.msrs.cstar
     };
+    // Single-stepping goes on in the handler if the mask lets it.
+    c.step_trap &= c.flags & RFlags::TF.bits() != 0;
     switch(c, cs, 0, true, rip)
 }
 

@@ -317,6 +317,7 @@ pub fn software_interrupt(c: &mut Cpu, vector: u8, int3: bool) -> Exec {
 pub fn instruction_event(c: &mut Cpu, event: Event) -> Exec {
     let later = c.deliver_event(event)?;
     c.raise_in_new_task(later);
+    c.step_trap = false;
     Err(Stop::EndBlock)
 }
 

@@ -1,0 +1,10 @@
+//! System-level behaviour of the interpreter: protection, interrupts, mode switches, task switches. Small bare-metal
+//! programs run in a machine whose tables the tests set up.
+
+mod events;
+mod long;
+mod machine;
+mod protected;
+mod real;
+mod task;
+mod v86;
