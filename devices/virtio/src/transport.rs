@@ -351,11 +351,16 @@ impl Transport {
             why: why.into(),
         };
         let sizes = self.device.queue_sizes();
+        // What the driver asks for is checked when it says FEATURES_OK.
+        let agreed = match status & FEATURES_OK {
+            0 => 0,
+            _ => registers.driver_features,
+        };
         let fits = registers.queues.len() == sizes.len()
             && positions.as_ref().is_none_or(|p| p.len() == sizes.len())
             && (registers.queues.iter().zip(sizes))
                 .all(|(q, &largest)| q.size.is_power_of_two() && q.size <= largest)
-            && registers.driver_features & !self.offered == 0;
+            && agreed & !self.offered == 0;
         if !fits {
             return Err(damaged("it is of a device with other queues or features"));
         }

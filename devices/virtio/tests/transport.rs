@@ -212,7 +212,7 @@ fn registers_at_power_on_and_after_writes() {
 
 #[test]
 fn features_are_agreed_on_or_not() {
-    let (d, _) = plugged();
+    let (d, device) = plugged();
     let offered = F_TEST | F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX;
     assert_eq!(d.features(), offered);
     for (features, status) in [
@@ -227,6 +227,7 @@ fn features_are_agreed_on_or_not() {
         if status == 3 {
             d.ready();
             assert_eq!(d.status(), 3, "not ready without features");
+            assert_round_trip(&*device);
         }
     }
     d.negotiate(F_VERSION_1);

@@ -1,0 +1,52 @@
+//! Fuzzing: everything that takes bytes from a guest, or from a file for a guest, fed with bytes that nobody meant.
+//!
+//! A target is a function of bytes that must neither panic nor hang, whatever they are. The [`runner`] makes inputs from
+//! numbers, so that a failure is reproduced by its number alone, on a stable compiler and without tools:
+//!
+//! ```text
+//! cargo run --release -p lodger-fuzz -- virtio_queue --seconds 60
+//! cargo run --release -p lodger-fuzz -- virtio_queue --seed 4711 --runs 1
+//! ```
+//!
+//! Limits: inputs are not guided by coverage. A target can be handed to such a fuzzer as it is.
+
+mod loader;
+pub mod runner;
+mod virtio;
+
+pub use loader::loader;
+pub use virtio::{pci, virtio_blk, virtio_queue};
+
+/// Something to fuzz.
+pub struct Target {
+    /// Its name.
+    pub name: &'static str,
+    /// Must return, whatever the bytes are.
+    pub run: fn(&[u8]),
+    /// Inputs that get far, to be mutated; may be none.
+    pub samples: fn() -> Vec<Vec<u8>>,
+}
+
+/// All targets.
+pub const TARGETS: &[Target] = &[
+    Target {
+        name: "virtio_queue",
+        run: virtio_queue,
+        samples: Vec::new,
+    },
+    Target {
+        name: "virtio_blk",
+        run: virtio_blk,
+        samples: Vec::new,
+    },
+    Target {
+        name: "pci",
+        run: pci,
+        samples: Vec::new,
+    },
+    Target {
+        name: "loader",
+        run: loader,
+        samples: loader::samples,
+    },
+];
