@@ -142,10 +142,13 @@ impl InterpVcpu {
             } else {
                 c.run_block(block)
             };
-            if let Err(stop) = stop
-                && let Some(exit) = c.after(stop)
-            {
-                return exit;
+            match stop {
+                Ok(()) | Err(Stop::EndBlock) => {}
+                Err(stop) => {
+                    if let Some(exit) = c.after(stop) {
+                        return exit;
+                    }
+                }
             }
         }
     }
@@ -270,7 +273,10 @@ impl Cpu {
                 return Some(Exit::Kicked);
             }
             if mailbox.take(request::MAIL) {
-                mailbox.take_messages().into_iter().for_each(|ipi| self.receive(ipi));
+                mailbox
+                    .take_messages()
+                    .into_iter()
+                    .for_each(|ipi| self.receive(ipi));
             }
             mailbox.take(request::LOOK);
             if self.tick_limit.is_some_and(|limit| self.ticks >= limit) {
