@@ -21,5 +21,6 @@ mod routing;
 mod spec;
 
 pub use build::{BuildError, Host};
+pub use lodger_loader::{Boot, BootKind};
 pub use machine::{Machine, PowerOn, PowerOnError, RestoreMachineError, SavedDevices};
 pub use spec::{BootSpec, MachineSpec, SpecError, VirtioSpec};
