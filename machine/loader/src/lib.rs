@@ -46,6 +46,7 @@ pub use error::{LoadError, Reason};
 pub use payload::Payload;
 
 use bzimage::Bzimage;
+use compression::Compression;
 use elf::Elf;
 use identify::Image;
 use placement::Placement;
@@ -124,45 +125,48 @@ pub fn load(
     let file = source.kernel.read(limit).map_err(in_kernel)?;
     let image = compression::decompress_file(file, limit).map_err(in_kernel)?;
     let fresh = Placement::new(memory, acpi);
-    match identify::identify(&image).map_err(in_kernel)? {
-        Image::Bzimage(bzimage) => {
-            let mut why = String::new();
-            if source.protocol == BootProtocol::Auto {
-                match bzimage.decompress(limit) {
-                    Ok((elf, compression)) => {
-                        let plan = Elf::parse(&elf).and_then(|elf| plan_inner(&bzimage, &elf));
-                        let placed = plan.and_then(|plan| fresh.place(&plan).map(|p| (plan, p)));
-                        match placed {
-                            Ok((mut plan, placement)) => {
-                                plan.description += &format!(", {compression} undone by the host");
-                                return finish(memory, source, acpi, plan, placement);
-                            }
-                            Err(reason) => why = reason.to_string(),
-                        }
-                    }
-                    Err(reason) => why = reason.to_string(),
-                }
-                why = format!(", as it is ({why})");
-            }
-            let mut plan = bzimage.plan().map_err(in_kernel)?;
-            plan.description += &why;
-            let placement = fresh.place(&plan).map_err(in_kernel)?;
-            finish(memory, source, acpi, plan, placement)
-        }
+    let bzimage = match identify::identify(&image).map_err(in_kernel)? {
         Image::Planned(plan) => {
             let placement = fresh.place(&plan).map_err(in_kernel)?;
-            finish(memory, source, acpi, plan, placement)
+            return finish(memory, source, acpi, plan, placement);
         }
-    }
+        Image::Bzimage(bzimage) => bzimage,
+    };
+    let kernel = match source.protocol {
+        BootProtocol::Auto => Some(bzimage.decompress(limit)),
+        BootProtocol::Bzimage => None,
+    };
+    let direct = kernel.as_ref().map(|kernel| {
+        let (elf, compression) = kernel.as_ref().map_err(Reason::to_string)?;
+        let plan = plan_direct(&bzimage, elf, *compression).map_err(|r| r.to_string())?;
+        let placement = fresh.place(&plan).map_err(|r| r.to_string())?;
+        Ok::<_, String>((plan, placement))
+    });
+    let why_not = match direct {
+        Some(Ok((plan, placement))) => return finish(memory, source, acpi, plan, placement),
+        Some(Err(reason)) => format!(", as it is ({reason})"),
+        None => String::new(),
+    };
+    let mut plan = bzimage.plan().map_err(in_kernel)?;
+    plan.description += &why_not;
+    let placement = fresh.place(&plan).map_err(in_kernel)?;
+    finish(memory, source, acpi, plan, placement)
 }
 
-/// The kernel `elf` from inside of `bzimage`.
-fn plan_inner<'a>(bzimage: &Bzimage, elf: &Elf<'a>) -> Result<Plan<'a>, Reason> {
-    let mut plan = elf.plan()?;
+/// Boots `elf`, the kernel from inside of `bzimage`.
+fn plan_direct<'a>(
+    bzimage: &Bzimage,
+    elf: &'a [u8],
+    compression: Compression,
+) -> Result<Plan<'a>, Reason> {
+    let mut plan = Elf::parse(elf)?.plan()?;
     plan.header = bzimage.header;
     plan.append_limit = bzimage.append_limit();
     plan.initrd_limit = bzimage.initrd_limit();
-    plan.description = bzimage.description();
+    plan.description = format!(
+        "{}, {compression} undone by the host",
+        bzimage.description()
+    );
     Ok(plan)
 }
 
