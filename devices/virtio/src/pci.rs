@@ -130,8 +130,11 @@ impl Interrupts for Lines {
         }
     }
 
-    fn config(&self) {
+    fn config(&self, wanted: &dyn Fn() -> bool) {
         let mut state = self.lock();
+        if !wanted() {
+            return;
+        }
         state.isr |= ISR_CONFIG;
         self.endpoint.set_interrupt(true);
         self.endpoint.raise(state.config_vector);

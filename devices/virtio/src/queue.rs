@@ -92,7 +92,7 @@ impl Queue {
                 })
             }
             Err(why) => {
-                drop(state);
+                // Still under the lock: after `stop` nobody reports what happened before it.
                 self.host.broken(self.index, format_args!("{why}"));
                 None
             }

@@ -29,8 +29,9 @@ pub(crate) const NEEDS_RESET: u8 = 64;
 pub(crate) trait Interrupts: Send + Sync {
     /// Queue `index` has used buffers.
     fn queue(&self, index: u16);
-    /// The configuration, or the NEEDS_RESET status, has changed.
-    fn config(&self);
+    /// The configuration, or the NEEDS_RESET status, has changed. Under the lock that a reset of the interrupts takes, `wanted`
+    /// tells whether there still is a driver.
+    fn config(&self, wanted: &dyn Fn() -> bool);
 }
 
 /// What the driver sets up of one queue.
@@ -98,14 +99,15 @@ impl Host for Link {
     }
 
     fn config_changed(&self) {
-        self.interrupts.config();
+        let ready = || self.status.load(Ordering::Acquire) & DRIVER_OK != 0;
+        self.interrupts.config(&ready);
     }
 
     fn broken(&self, index: u16, why: Arguments) {
         if self.status.fetch_or(NEEDS_RESET, Ordering::AcqRel) & NEEDS_RESET == 0 {
             let what = format_args!("queue {index}: {why}");
             self.mistakes.note(&self.name, what);
-            self.interrupts.config();
+            self.config_changed();
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The block device as a driver sees it.
 
 use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
 use lodger_block::BlockBackend;
@@ -40,6 +41,8 @@ struct Fake {
     log: Mutex<Vec<String>>,
     /// How many accesses are inside, and how many must be there before they may go on.
     gate: Mutex<(usize, usize)>,
+    begun: AtomicUsize,
+    ended: AtomicUsize,
     moved: Condvar,
 }
 
@@ -50,11 +53,14 @@ impl Fake {
             read_only,
             log: Mutex::default(),
             gate: Mutex::new((0, 0)),
+            begun: AtomicUsize::new(0),
+            ended: AtomicUsize::new(0),
             moved: Condvar::new(),
         })
     }
 
     fn note(&self, what: String) {
+        self.begun.fetch_add(1, Ordering::SeqCst);
         self.log.lock().unwrap().push(what);
         let mut gate = self.gate.lock().unwrap();
         gate.0 += 1;
@@ -62,6 +68,7 @@ impl Fake {
         while gate.0 < gate.1 {
             gate = self.moved.wait(gate).unwrap();
         }
+        self.ended.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Accesses wait until `count` of them have come in since now.
@@ -377,6 +384,8 @@ fn a_reset_waits_for_what_is_under_way() {
         rig.disk.hold_until(0);
         assert_eq!(reset.join().unwrap(), 0);
     });
+    let count = |n: &AtomicUsize| n.load(Ordering::SeqCst);
+    assert_eq!(count(&rig.disk.begun), count(&rig.disk.ended));
     let used = rig.get(rig.q.used, 0x100);
     rig.put(DATA, &[9; 0x1000]);
     rig.d.notify(0);

@@ -135,6 +135,7 @@ fn a_resize_is_told() {
     rig.d.set_status(0);
     rig.console.resize(80, 25);
     assert!(rig.d.machine.inbox.take().is_empty(), "nobody listens");
+    assert_eq!(rig.d.read::<1>(rig.d.isr), [0]);
 }
 
 #[test]
