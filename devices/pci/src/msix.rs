@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 /// Bytes of a table entry.
 pub const ENTRY_SIZE: u64 = 16;
-/// The most vectors that a function can have.
+/// The most vectors that a function can have (PCI Local Bus 3.0, section 6.8.2.3).
 pub const MOST_VECTORS: u16 = 2048;
 /// Message control: MSI-X is enabled.
 pub const CONTROL_ENABLE: u16 = 1 << 15;
@@ -35,7 +35,7 @@ pub struct SavedMsix {
 }
 
 impl Msix {
-    /// `vectors` masked entries, 1 to [`MOST_VECTORS`].
+    /// `vectors` masked entries, 1 to 2048.
     pub fn new(vectors: u16) -> Msix {
         assert!((1..=MOST_VECTORS).contains(&vectors));
         let mut m = Msix {
