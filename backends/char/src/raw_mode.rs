@@ -35,6 +35,11 @@ impl RawMode {
         Ok(RawMode(()))
     }
 
+    /// Puts the terminal back at once, before the program exits without unwinding.
+    pub fn leave() {
+        restore();
+    }
+
     /// Whether some `RawMode` lives: lines then need a carriage return.
     pub fn is_on() -> bool {
         let saved = BEFORE.lock().unwrap_or_else(PoisonError::into_inner);

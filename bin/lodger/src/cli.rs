@@ -1,0 +1,252 @@
+//! The arguments and their help.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use lodger_virtio_devices::BlkSpec;
+use lodger_x86::CpuModel;
+
+const RUN_AFTER: &str = "\
+Terminal:
+  The guest's first serial port is this terminal; every key goes to the guest, Ctrl-C too. The
+  escape key is Ctrl-A:
+    Ctrl-A x         end the machine and leave
+    Ctrl-A h         help
+    Ctrl-A Ctrl-A    send Ctrl-A to the guest
+  If standard input or output is not a terminal, bytes pass unchanged and there is no escape key;
+  the end of input does not end the guest.
+
+Exit status:
+  0    the guest powered off, or Ctrl-A x
+  1    the host or Lodger failed
+  2    wrong arguments
+  3    the guest crashed (triple fault); a report is on standard error
+  4    the guest reset the machine, under --no-reboot
+  2v+1 the guest wrote v to the debug-exit port (modulo 256)
+  128+n  ended by signal n
+
+Examples:
+  lodger run
+      boots the mini image to a shell, and builds it first if need be
+  lodger run --cpus 4 --memory 1.5G --disk disk.img
+  lodger run --kernel vmlinuz --initrd initrd.img --append 'console=ttyS0'";
+
+/// Lodger runs virtual machines: whole computers for unmodified operating systems, with and without the
+/// processor's virtualization.
+#[derive(Debug, Parser)]
+#[command(name = "lodger", version, propagate_version = true)]
+pub struct Cli {
+    /// Say what happens; twice: in detail
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+    /// Say nothing but errors
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a virtual machine
+    Run(Box<RunArgs>),
+    /// Build, list and remove guest images
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Check what this host can do, and how to get what it cannot
+    Doctor,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    /// List the images that are known, built or not
+    List,
+    /// Build an image from the host distribution's packages, anew if it is there
+    Build {
+        /// The image
+        #[arg(default_value = lodger_image::DEFAULT_IMAGE)]
+        image: String,
+    },
+    /// Remove an image from the cache
+    Remove {
+        /// The image
+        image: String,
+    },
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = RUN_AFTER)]
+pub struct RunArgs {
+    /// The image to boot [default: mini]; see `lodger image list`
+    #[arg(conflicts_with_all = ["kernel", "initrd"])]
+    pub image: Option<String>,
+    /// Boot this kernel instead of an image: bzImage, ELF (PVH or 64-bit entry) or multiboot 1
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// The initial RAM disk, or the multiboot module
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+    /// The kernel command line; with an image it is added to the image's own
+    #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
+    pub append: Option<String>,
+    /// RAM: 512M, 1.5G, 2048K ...; a plain number is in MiB
+    #[arg(short, long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
+    pub memory: u64,
+    /// Number of virtual CPUs
+    #[arg(short, long, value_name = "N", default_value_t = 1)]
+    pub cpus: u32,
+    /// What runs the virtual CPUs
+    #[arg(long, value_enum, default_value_t = EngineChoice::Auto)]
+    pub engine: EngineChoice,
+    /// A raw disk image: /dev/vda, then /dev/vdb ...; `,ro` makes it read-only (repeatable)
+    #[arg(long = "disk", value_name = "FILE[,ro]")]
+    pub disks: Vec<Disk>,
+    /// A further device (repeatable)
+    #[arg(long = "device", value_name = "DEVICE", value_enum)]
+    pub devices: Vec<DeviceChoice>,
+    /// The processor that the guest sees
+    #[arg(long, value_name = "MODEL", default_value = CpuModel::NAMES[0])]
+    pub cpu: String,
+    /// End when the guest resets the machine, with status 4, instead of rebooting it
+    #[arg(long)]
+    pub no_reboot: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum EngineChoice {
+    /// kvm if this host has it and it can run stock systems, otherwise interp
+    Auto,
+    /// The host processor's virtualization, through /dev/kvm
+    Kvm,
+    /// The interpreter: works everywhere, slowly
+    Interp,
+    /// The binary translator (not there yet)
+    Dbt,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DeviceChoice {
+    /// Port 0xf4: writing v ends the run with status 2v+1
+    DebugExit,
+    /// A virtio console (hvc0), which then gets what is typed
+    VirtioConsole,
+}
+
+/// A disk, as on the command line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk(pub BlkSpec);
+
+impl FromStr for Disk {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Disk, String> {
+        let (path, read_only) = match text.strip_suffix(",ro") {
+            Some(path) => (path, true),
+            None => (text, false),
+        };
+        match path {
+            "" => Err("the file is missing".into()),
+            path => Ok(Disk(BlkSpec::new(path, read_only))),
+        }
+    }
+}
+
+/// Bytes, rounded down to whole pages.
+fn parse_size(text: &str) -> Result<u64, String> {
+    const PAGE: f64 = 4096.0;
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "K" | "KB" | "KIB" => 10,
+        "" | "M" | "MB" | "MIB" => 20,
+        "G" | "GB" | "GIB" => 30,
+        "T" | "TB" | "TIB" => 40,
+        other => return Err(format!("unknown unit '{other}'; K, M, G and T are known")),
+    };
+    let number: f64 = match digits.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
+        true => digits.parse().map_err(|_| "not a number")?,
+        false => return Err("not a number".into()),
+    };
+    let pages = number * (1u64 << unit) as f64 / PAGE;
+    match pages < (1u64 << 50) as f64 {
+        true => Ok(pages as u64 * PAGE as u64),
+        false => Err("more than any machine has".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes() {
+        let cases = [
+            ("512M", Some(512 << 20)),
+            ("512", Some(512 << 20)),
+            ("1.5G", Some(1536 << 20)),
+            ("1.5g", Some(1536 << 20)),
+            ("2048K", Some(2 << 20)),
+            ("1GiB", Some(1 << 30)),
+            ("0.3M", Some(311_296)),
+            ("0", Some(0)),
+            ("", None),
+            ("M", None),
+            ("-1G", None),
+            ("1e3M", None),
+            ("1X", None),
+            ("infG", None),
+            ("1.2.3G", None),
+            ("99999999999T", None),
+        ];
+        for (text, bytes) in cases {
+            assert_eq!(parse_size(text).ok(), bytes, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn disks() {
+        let disk = |text: &str| text.parse::<Disk>().ok().map(|d| (d.0.path, d.0.read_only));
+        assert_eq!(disk("a.img"), Some(("a.img".into(), false)));
+        assert_eq!(disk("a,b.img,ro"), Some(("a,b.img".into(), true)));
+        assert_eq!(disk(""), None);
+        assert_eq!(disk(",ro"), None);
+    }
+
+    #[test]
+    fn usage_errors() {
+        let parses = |args: &str| {
+            let args = ["lodger"].into_iter().chain(args.split_whitespace());
+            Cli::try_parse_from(args).is_ok()
+        };
+        for good in [
+            "run",
+            "run mini -m 1G -c 4",
+            "run --kernel k --initrd i --append -x --disk a --disk b,ro --device debug-exit",
+            "run --append quiet -v -q --no-reboot --engine interp --cpu v3",
+            "image list",
+            "image build",
+            "image remove mini",
+            "doctor",
+        ] {
+            assert!(parses(good), "{good}");
+        }
+        for bad in [
+            "",
+            "run mini --kernel k",
+            "run --initrd i",
+            "run --engine qemu",
+            "run --device toaster",
+            "run --cpus x",
+            "image remove",
+            "fly",
+        ] {
+            assert!(!parses(bad), "{bad}");
+        }
+    }
+}

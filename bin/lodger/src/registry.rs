@@ -1,0 +1,103 @@
+//! Everything that is linked in and chosen at run time: the engines. Nothing else names one.
+
+use lodger_interp::InterpEngine;
+use lodger_kvm::KvmEngine;
+use lodger_vcpu::Engine;
+use lodger_x86::HostFeatures;
+
+use crate::cli::EngineChoice;
+use crate::status::Error;
+
+/// An engine, and why this one.
+pub struct Chosen {
+    /// The engine.
+    pub engine: Box<dyn Engine>,
+    /// The reason, for a person.
+    pub reason: String,
+    /// Why the engine cannot run stock systems, if it cannot.
+    pub only_simple_guests: Option<String>,
+    /// The frequency of its time-stamp counter in kHz.
+    pub tsc_khz: u32,
+}
+
+/// The time-stamp counter of software engines: one cycle is half a nanosecond.
+const SOFTWARE_TSC_KHZ: u32 = 2_000_000;
+
+/// All engines, fastest first.
+pub fn engines() -> Vec<Box<dyn Engine>> {
+    vec![Box::new(KvmEngine::default()), Box::new(InterpEngine)]
+}
+
+/// The engine that the user asked for, or the best one that works here.
+pub fn choose(choice: EngineChoice) -> Result<Chosen, Error> {
+    let kvm = || -> Box<dyn Engine> { Box::new(KvmEngine::default()) };
+    let interp = |reason| Chosen {
+        engine: Box::new(InterpEngine),
+        reason,
+        only_simple_guests: None,
+        tsc_khz: SOFTWARE_TSC_KHZ,
+    };
+    let kvm_chosen = |engine: Box<dyn Engine>, reason: &str, problem| Chosen {
+        engine,
+        reason: reason.into(),
+        only_simple_guests: problem,
+        tsc_khz: lodger_host_sys::tsc::frequency_khz(),
+    };
+    match choice {
+        EngineChoice::Dbt => Err(Error::Usage(
+            "the dbt engine (binary translator) is not there yet; use --engine interp, which runs the same guests more slowly".into(),
+        )),
+        EngineChoice::Interp => Ok(interp("asked for".into())),
+        EngineChoice::Kvm => {
+            let engine = kvm();
+            match engine.probe() {
+                Ok(_) => {
+                    let problem = engine.stock_guest_problem();
+                    Ok(kvm_chosen(engine, "asked for", problem))
+                }
+                Err(error) => Err(Error::Engine(format!(
+                    "{error}; --engine interp works everywhere"
+                ))),
+            }
+        }
+        EngineChoice::Auto => {
+            let engine = kvm();
+            let why_not = match engine.probe() {
+                Err(error) => error.to_string(),
+                Ok(_) => match engine.stock_guest_problem() {
+                    None => return Ok(kvm_chosen(engine, "this host has it, and it works", None)),
+                    Some(problem) => format!("kvm cannot run stock systems here: {problem}"),
+                },
+            };
+            Ok(interp(why_not))
+        }
+    }
+}
+
+/// What CPU models may use of the host's processor.
+pub fn host_features() -> HostFeatures {
+    macro_rules! detected {
+        ($($field:ident: $feature:tt),* $(,)?) => {
+            HostFeatures { $($field: std::arch::is_x86_feature_detected!($feature)),* }
+        };
+    }
+    detected! {
+        sse41: "sse4.1",
+        sse42: "sse4.2",
+        popcnt: "popcnt",
+        pclmulqdq: "pclmulqdq",
+        aes: "aes",
+        sha: "sha",
+        avx: "avx",
+        avx2: "avx2",
+        fma: "fma",
+        f16c: "f16c",
+        bmi1: "bmi1",
+        bmi2: "bmi2",
+        lzcnt: "lzcnt",
+        movbe: "movbe",
+        adx: "adx",
+        rdrand: "rdrand",
+        rdseed: "rdseed",
+    }
+}

@@ -1,0 +1,246 @@
+//! `lodger run`: from the arguments to a running VM, and from its end to the exit status.
+
+use std::io;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
+
+use lodger_board::{Boot, BootKind, BootSpec, Host, Machine, MachineSpec, VirtioSpec};
+use lodger_char::{Escape, Input, Notice, Output, RawMode, Room};
+use lodger_clock::{InputPort, LiveClock};
+use lodger_host_sys::signals::{self, Signals};
+use lodger_image::Cache;
+use lodger_lifecycle::{Outcome, Policy, VmController, VmHandle};
+use lodger_virtio_devices::ConsoleSpec;
+
+use crate::cli::{DeviceChoice, RunArgs};
+use crate::images::Bar;
+use crate::messages;
+use crate::registry::{self, Chosen};
+use crate::status::{self, Error};
+
+/// How long a VM may take to stop once it is told to. It takes longer only if the host does not answer, a
+/// dead network disk for example.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Runs a VM to its end.
+pub fn run(args: &RunArgs, quiet: bool) -> Result<ExitCode, Error> {
+    let chosen = registry::choose(args.engine)?;
+    let spec = machine_spec(args, quiet)?;
+    if !quiet {
+        let name = chosen.engine.name();
+        messages::say(format_args!("engine {name}: {}", chosen.reason));
+    }
+    let handle = VmHandle::new(Policy {
+        no_reboot: args.no_reboot,
+    });
+    let output = Arc::new(Output::stdout().map_err(host("cannot use standard output"))?);
+    let machine = Arc::new(build(&spec, &chosen, &handle, &output)?);
+    let controller = VmController::start(Arc::clone(&machine), handle.clone())?;
+    refuse_stock_guest(&chosen, controller.boot())?;
+
+    let ending = Arc::new(AtomicU8::new(status::POWERED_OFF));
+    let interactive = lodger_char::is_interactive();
+    if interactive && !quiet {
+        messages::say("press Ctrl-A x to leave, Ctrl-A h for help");
+    }
+    let terminal = Terminal::start(interactive, &machine, &handle, &output, &ending)?;
+    let outcome = controller.run();
+    drop(terminal);
+    output.close();
+    Ok(ExitCode::from(conclude(outcome, &ending)?))
+}
+
+/// The status, and the last words.
+fn conclude(outcome: Outcome, ending: &AtomicU8) -> Result<u8, Error> {
+    Ok(match outcome {
+        Outcome::PoweredOff => status::POWERED_OFF,
+        Outcome::Reset => status::RESET,
+        Outcome::DebugExit(value) => status::debug_exit(value),
+        Outcome::Stopped => ending.load(Ordering::SeqCst),
+        Outcome::Crashed(report) => {
+            messages::print(report);
+            status::CRASHED
+        }
+        Outcome::HostFailure(failure) => return Err(failure.into()),
+    })
+}
+
+fn host(what: &'static str) -> impl Fn(io::Error) -> Error {
+    move |source| Error::Host { what, source }
+}
+
+fn machine_spec(args: &RunArgs, quiet: bool) -> Result<MachineSpec, Error> {
+    let has = |device| args.devices.contains(&device);
+    let console = has(DeviceChoice::VirtioConsole).then(|| {
+        let (columns, rows) = lodger_char::window_size().unwrap_or_default();
+        ConsoleSpec { columns, rows }
+    });
+    Ok(MachineSpec {
+        memory: args.memory,
+        vcpus: args.cpus,
+        cpu: args.cpu.clone(),
+        boot: boot_spec(args, quiet)?,
+        virtio: VirtioSpec {
+            disks: args.disks.iter().map(|disk| disk.0.clone()).collect(),
+            console,
+        },
+        debug_exit: has(DeviceChoice::DebugExit),
+    })
+}
+
+fn boot_spec(args: &RunArgs, quiet: bool) -> Result<BootSpec, Error> {
+    let append = args.append.clone().unwrap_or_default();
+    if let Some(kernel) = &args.kernel {
+        return Ok(BootSpec {
+            kernel: kernel.clone(),
+            initrd: args.initrd.clone(),
+            append,
+        });
+    }
+    let name = args.image.as_deref().unwrap_or(lodger_image::DEFAULT_IMAGE);
+    let mut bar = Bar::new(quiet);
+    let image = Cache::open(None)?.get_or_build(name, &mut bar)?;
+    bar.finish();
+    Ok(BootSpec {
+        kernel: image.kernel,
+        initrd: Some(image.initrd),
+        append: format!("{} {append}", image.append).trim().to_owned(),
+    })
+}
+
+fn build(
+    spec: &MachineSpec,
+    chosen: &Chosen,
+    handle: &VmHandle,
+    output: &Arc<Output>,
+) -> Result<Machine, Error> {
+    let to_stdout = || {
+        let output = Arc::clone(output);
+        Box::new(move |data: &[u8]| output.write(data))
+    };
+    let host = Host {
+        engine: &*chosen.engine,
+        features: registry::host_features(),
+        tsc_khz: chosen.tsc_khz,
+        clock: LiveClock::start(),
+        control: Arc::new(handle.clone()),
+        serial: to_stdout(),
+        console: to_stdout(),
+        entropy: Box::new(random),
+    };
+    Ok(Machine::build(spec, host)?)
+}
+
+/// Fills `data` with random bytes from the host.
+fn random(mut data: &mut [u8]) {
+    use rustix::rand::{GetRandomFlags, getrandom};
+    while !data.is_empty() {
+        match getrandom(&mut *data, GetRandomFlags::empty()) {
+            Ok(n) => data = &mut data[n..],
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => panic!("the host has no random numbers: {error}"),
+        }
+    }
+}
+
+/// An engine that can only run simple guests would let a stock system hang or crash. Simple guests are those that are
+/// neither said to be Linux nor need an initial RAM disk.
+fn refuse_stock_guest(chosen: &Chosen, boot: &Boot) -> Result<(), Error> {
+    let simple = boot.kind == BootKind::Multiboot1
+        || !boot.description.starts_with("Linux") && boot.initrd.is_none();
+    match &chosen.only_simple_guests {
+        Some(problem) if !simple => {
+            let name = chosen.engine.name();
+            Err(Error::Engine(format!(
+                "the {name} engine cannot run this kernel on this host: {problem}; use --engine interp, or auto"
+            )))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The terminal, while the guest has it.
+struct Terminal {
+    // The input thread ends before the terminal is put back.
+    _input: Input,
+    _raw: Option<RawMode>,
+}
+
+impl Terminal {
+    fn start(
+        interactive: bool,
+        machine: &Arc<Machine>,
+        handle: &VmHandle,
+        output: &Arc<Output>,
+        ending: &Arc<AtomicU8>,
+    ) -> Result<Terminal, Error> {
+        let caught = Signals::catch(&[
+            signals::HANGUP,
+            signals::INTERRUPT,
+            signals::QUIT,
+            signals::TERMINATE,
+            signals::WINDOW_CHANGED,
+        ])
+        .map_err(host("cannot catch signals"))?;
+        let raw = interactive.then(RawMode::enter).transpose();
+        let raw = raw.map_err(host("cannot put the terminal into raw mode"))?;
+        let stop = Stop {
+            handle: handle.clone(),
+            output: Arc::clone(output),
+            ending: Arc::clone(ending),
+        };
+        let console = machine.console().cloned();
+        let resized = console.clone();
+        let notice = move |notice| match notice {
+            Notice::Help => messages::say(Escape::HELP),
+            Notice::Quit => stop.now(status::POWERED_OFF),
+            Notice::Signal(number) => stop.now(status::signal(number)),
+            Notice::Resized { columns, rows } => {
+                if let Some(console) = &resized {
+                    console.resize(columns, rows);
+                }
+            }
+        };
+        let port: Arc<dyn InputPort> = match &console {
+            Some(console) => console.clone(),
+            None => machine.serial().clone(),
+        };
+        let input = Input::start(port, caught, interactive, notice);
+        let input = input.map_err(host("cannot read standard input"))?;
+        let tell = |room: Room| Box::new(move || room.tell());
+        match &console {
+            Some(console) => console.on_room(tell(input.room())),
+            None => machine.serial().on_room(tell(input.room())),
+        }
+        // What was refused before the guest's device knew whom to tell.
+        input.room().tell();
+        Ok(Terminal {
+            _input: input,
+            _raw: raw,
+        })
+    }
+}
+
+/// How the user's wish to end is carried out, whatever the guest does.
+struct Stop {
+    handle: VmHandle,
+    output: Arc<Output>,
+    ending: Arc<AtomicU8>,
+}
+
+impl Stop {
+    fn now(&self, status: u8) {
+        self.ending.store(status, Ordering::SeqCst);
+        self.output.close();
+        self.handle.stop();
+        // If no thread can be had, the host is in a state in which the rest does not matter.
+        let _ = std::thread::Builder::new().spawn(move || {
+            std::thread::sleep(PATIENCE);
+            RawMode::leave();
+            messages::error("the machine does not stop: the host does not answer");
+            std::process::exit(status.into());
+        });
+    }
+}

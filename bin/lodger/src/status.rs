@@ -1,0 +1,63 @@
+//! Exit statuses. The help of `lodger run` lists them, and harnesses rely on them.
+
+use lodger_board::BuildError;
+use lodger_lifecycle::Failure;
+
+/// The guest powered off, or the user left by the escape key.
+pub const POWERED_OFF: u8 = 0;
+/// The host or Lodger failed.
+pub const HOST_FAILURE: u8 = 1;
+/// The arguments are wrong (also clap's status).
+pub const USAGE: u8 = 2;
+/// The guest crashed.
+pub const CRASHED: u8 = 3;
+/// The guest reset the machine, under `--no-reboot`.
+pub const RESET: u8 = 4;
+
+/// Ended by this signal, as a shell reports it.
+pub fn signal(number: u8) -> u8 {
+    128 + (number & 0x7f)
+}
+
+/// The guest wrote `value` to the debug-exit port.
+pub fn debug_exit(value: u32) -> u8 {
+    (value << 1 | 1) as u8
+}
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// What was asked for makes no sense.
+    #[error("{0}")]
+    Usage(String),
+    /// The engine cannot be used; the text says why and what to do.
+    #[error("{0}")]
+    Engine(String),
+    /// No image.
+    #[error(transparent)]
+    Image(#[from] lodger_image::Error),
+    /// No machine.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// The VM failed.
+    #[error(transparent)]
+    Vm(#[from] Failure),
+    /// The terminal, or a thread.
+    #[error("{what}: {source}")]
+    Host {
+        /// What was being done.
+        what: &'static str,
+        /// The host's reason.
+        source: std::io::Error,
+    },
+}
+
+impl Error {
+    /// The exit status.
+    pub fn status(&self) -> u8 {
+        match self {
+            Error::Usage(_) | Error::Build(BuildError::Spec(_) | BuildError::Cpu(_)) => USAGE,
+            _ => HOST_FAILURE,
+        }
+    }
+}
