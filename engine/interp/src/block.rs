@@ -81,7 +81,9 @@ impl Hasher for AddressHasher {
         }
     }
     fn write_u64(&mut self, value: u64) {
-        self.0 = (self.0 ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(26);
+        self.0 = (self.0 ^ value)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            .rotate_left(26);
     }
 }
 
@@ -227,6 +229,9 @@ impl Cpu {
         if fetch.linear == page && fetch.key == self.blocks.key {
             return Ok(fetch.physical | linear & (PAGE - 1));
         }
+        if self.long64() && !canonical(linear) {
+            return self.gp0();
+        }
         let mmu = self.mmu;
         if mmu == lodger_softmmu::MmuIndex::KernelAc {
             self.mmu = lodger_softmmu::MmuIndex::Kernel;
@@ -253,8 +258,12 @@ impl Cpu {
         let mut now = [0; MAX_OPS * 15];
         let now = &mut now[..block.bytes.len()];
         self.peek(physical, now);
-        block.version = version;
-        *now == *block.bytes
+        let same = *now == *block.bytes;
+        if same {
+            // Not otherwise: another linear address may still lead to the outdated block.
+            block.version = version;
+        }
+        same
     }
 
     /// Declares that code of the page at `physical` is going to be cached; its version. `None`: not RAM.
@@ -385,7 +394,6 @@ impl Cpu {
         }
     }
 }
-
 
 impl Cpu {
     /// Reads code at `linear` for a report, as far as its page goes; how many bytes. Changes nothing in the guest.

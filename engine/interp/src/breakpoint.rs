@@ -73,8 +73,15 @@ impl Cpu {
     }
 
     /// What a data access is checked for when [`Watch::any`]; an alignment fault is raised here, a breakpoint noted.
-    pub(crate) fn watched(&mut self, linear: u64, len: u64, access: Access) -> Result<(), Exception> {
-        if self.watch.alignment && linear % len != 0 && len.is_power_of_two() {
+    pub(crate) fn watched(
+        &mut self,
+        linear: u64,
+        len: u64,
+        access: Access,
+    ) -> Result<(), Exception> {
+        // What is longer than a register is a state image or a descriptor table, which have rules of their own.
+        let natural = len.is_power_of_two() && len <= 16;
+        if self.watch.alignment && natural && linear % len != 0 {
             return Err(Exception::with_code(Vector::AlignmentCheck, 0));
         }
         if self.watch.data {

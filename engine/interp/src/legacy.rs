@@ -75,7 +75,11 @@ fn decimal_adjust(c: &mut Cpu, add: bool) -> Exec {
     let low = al & 0xf > 9 || c.flag(RFlags::AF);
     let high = al > 0x99 || cf;
     let correction = if low { 6 } else { 0 } + if high { 0x60 } else { 0 };
-    let new = if add { al.wrapping_add(correction) } else { al.wrapping_sub(correction) };
+    let new = if add {
+        al.wrapping_add(correction)
+    } else {
+        al.wrapping_sub(correction)
+    };
     // DAS also carries when the low correction borrows.
     let carry = high || !add && low && al < 6;
     c.flags = u8::and(new, new, c.flags).1 & !(CF | AF)
@@ -194,7 +198,7 @@ fn cmpxchg16b(c: &mut Cpu, op: &Op) -> Exec {
     let (low, high) = (c.regs[gpr::RAX as usize], c.regs[gpr::RDX as usize]);
     let (new_low, new_high) = (c.regs[gpr::RBX as usize], c.regs[gpr::RCX as usize]);
     let (mut found_low, mut found_high) = (low, high);
-    if let Some(host) = c.writable(linear, op.seg)? {
+    if let Some(host) = c.writable(linear, op.seg, 16)? {
         // SAFETY: 16 aligned bytes of RAM. RBX cannot be named as an operand, so it is swapped in and out.
         unsafe {
             asm!("xchg rbx, {new}", "lock cmpxchg16b [{p}]", "xchg rbx, {new}",
@@ -208,7 +212,11 @@ fn cmpxchg16b(c: &mut Cpu, op: &Op) -> Exec {
         found_high = c.read(linear + 8, op.seg)?;
         let equal = (found_low, found_high) == (low, high);
         c.write(linear, op.seg, if equal { new_low } else { found_low })?;
-        c.write(linear + 8, op.seg, if equal { new_high } else { found_high })?;
+        c.write(
+            linear + 8,
+            op.seg,
+            if equal { new_high } else { found_high },
+        )?;
     }
     let equal = (found_low, found_high) == (low, high);
     set_zero(c, equal);

@@ -253,11 +253,11 @@ impl Cpu {
         Ok(())
     }
 
-    /// Host address of RAM that an instruction is about to write on its own, within one page; `None` if it is a device's. The
+    /// Host address of `len` bytes of RAM that an instruction is about to write on its own, within one page; `None` if it is a device's. The
     /// instruction reports the write with [`Cpu::wrote_at`].
-    pub fn writable(&mut self, linear: u64, segment: u8) -> Exec<Option<*mut u8>> {
+    pub fn writable(&mut self, linear: u64, segment: u8, len: u64) -> Exec<Option<*mut u8>> {
         if self.watch.any() {
-            self.watched(linear, 1, Access::Write)
+            self.watched(linear, len, Access::Write)
                 .or_else(|e| self.raise(e))?;
         }
         Ok(match self.place(linear, segment, Access::Write)? {
@@ -322,11 +322,16 @@ impl Cpu {
         };
         if hit {
             // A page-crossing access to pages that are in the TLB. A write entry means: nothing to report.
-            return Ok(Place::Ram(linear.wrapping_add(entry.addend) as *mut u8, u64::MAX));
+            return Ok(Place::Ram(
+                linear.wrapping_add(entry.addend) as *mut u8,
+                u64::MAX,
+            ));
         }
         let translation = self.translate(linear, access)?;
         let physical = translation.page | linear & (PAGE - 1);
-        if self.lapic.state().mode() == ApicMode::XApic && translation.page == self.lapic.state().page() {
+        if self.lapic.state().mode() == ApicMode::XApic
+            && translation.page == self.lapic.state().page()
+        {
             return Ok(Place::Device(physical));
         }
         let vm = self.vm.clone();
@@ -461,7 +466,10 @@ unsafe fn atomically<T: Word, R>(host: *mut u8, mut update: impl FnMut(T) -> (T,
 unsafe fn load_bytes(host: *const u8, data: &mut [u8]) {
     let mut at = 0;
     while at < data.len() {
-        let n = [8, 4, 2, 1][[8, 4, 2, 1].iter().position(|n| at + n <= data.len()).unwrap_or(3)];
+        let n = [8, 4, 2, 1][[8, 4, 2, 1]
+            .iter()
+            .position(|n| at + n <= data.len())
+            .unwrap_or(3)];
         // SAFETY: the caller's promise; `at + n` is within the data.
         let value = unsafe {
             let from = host.add(at);
@@ -484,7 +492,10 @@ unsafe fn load_bytes(host: *const u8, data: &mut [u8]) {
 unsafe fn store_bytes(host: *mut u8, data: &[u8]) {
     let mut at = 0;
     while at < data.len() {
-        let n = [8, 4, 2, 1][[8, 4, 2, 1].iter().position(|n| at + n <= data.len()).unwrap_or(3)];
+        let n = [8, 4, 2, 1][[8, 4, 2, 1]
+            .iter()
+            .position(|n| at + n <= data.len())
+            .unwrap_or(3)];
         let mut value = [0; 8];
         value[..n].copy_from_slice(&data[at..at + n]);
         let value = u64::from_le_bytes(value);

@@ -54,7 +54,11 @@ fn run<const CLASS: u8, const MEMORY: u8>(c: &mut Cpu, op: &Op) -> Exec {
     let len = (native.mem.read() + native.mem.write()) as u64;
     let mut linear = 0;
     if MEMORY != NONE {
-        let access = if MEMORY == READ { Access::Read } else { Access::Write };
+        let access = if MEMORY == READ {
+            Access::Read
+        } else {
+            Access::Write
+        };
         linear = c.operand(op, len, access)?;
         if let Some(align) = native.align
             && linear & u64::from(align - 1) != 0
@@ -80,7 +84,11 @@ fn run<const CLASS: u8, const MEMORY: u8>(c: &mut Cpu, op: &Op) -> Exec {
         Outcome::NotStored => return Ok(()),
         Outcome::SimdException => {
             let reported = c.cr4 & cr4::OSXMMEXCPT != 0;
-            return c.raise(if reported { Exception::plain(Vector::SimdException) } else { Exception::UD });
+            return c.raise(if reported {
+                Exception::plain(Vector::SimdException)
+            } else {
+                Exception::UD
+            });
         }
         Outcome::X87Exception => return c.raise(Exception::plain(Vector::MathFault)),
     }
@@ -100,9 +108,17 @@ pub fn run_masked(c: &mut Cpu, op: &Op) -> Exec {
     if masked.waits_x87 && c.native.x87_exception_pending() {
         return c.raise(Exception::plain(Vector::MathFault));
     }
+    let instruction = &op.rare().instruction;
+    let moved = if instruction.is_ip_rel_memory_operand() {
+        c.rip().wrapping_sub(instruction.next_ip())
+    } else {
+        0
+    };
     masked.exec(&mut Elements {
         segment: masked.segment.number() as u8,
         gather: masked.is_gather(),
+        moved,
+        mask: u64::MAX >> op.address_shift,
         c,
     })
 }
@@ -112,6 +128,17 @@ struct Elements<'a> {
     c: &'a mut Cpu,
     segment: u8,
     gather: bool,
+    /// How far from where it was decoded an RIP-relative instruction is executed.
+    moved: u64,
+    /// Ones in the bits that an offset has.
+    mask: u64,
+}
+
+impl Elements<'_> {
+    fn linear(&mut self, offset: u64, len: usize, access: Access) -> Exec<u64> {
+        let offset = offset.wrapping_add(self.moved) & self.mask;
+        self.c.linear(self.segment, offset, len as u64, access)
+    }
 }
 
 impl Guest for Elements<'_> {
@@ -126,8 +153,7 @@ impl Guest for Elements<'_> {
     }
 
     fn read(&mut self, address: u64, bytes: &mut [u8]) -> Exec {
-        let len = bytes.len() as u64;
-        let linear = self.c.linear(self.segment, address, len, Access::Read)?;
+        let linear = self.linear(address, bytes.len(), Access::Read)?;
         self.c.read_bytes(linear, self.segment, bytes)?;
         if self.gather {
             // The element is done and will not be read again.
@@ -137,8 +163,7 @@ impl Guest for Elements<'_> {
     }
 
     fn write(&mut self, address: u64, bytes: &[u8]) -> Exec {
-        let len = bytes.len() as u64;
-        let linear = self.c.linear(self.segment, address, len, Access::Write)?;
+        let linear = self.linear(address, bytes.len(), Access::Write)?;
         self.c.write_bytes(linear, self.segment, bytes)
     }
 }
@@ -179,7 +204,11 @@ impl Cpu {
             Class::Mmx if set(cr0::TS) => self.raise(Exception::NM),
             Class::X87 if op.rare().instruction.mnemonic() == Mnemonic::Wait => {
                 let both = self.cr0 & (cr0::MP | cr0::TS) == cr0::MP | cr0::TS;
-                if both { self.raise(Exception::NM) } else { Ok(()) }
+                if both {
+                    self.raise(Exception::NM)
+                } else {
+                    Ok(())
+                }
             }
             Class::X87 if set(cr0::EM | cr0::TS) => self.raise(Exception::NM),
             Class::Mmx | Class::X87 => Ok(()),

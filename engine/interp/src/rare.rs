@@ -3,7 +3,7 @@
 
 use iced_x86::{Code, Mnemonic, OpKind};
 
-use crate::cpu::{Cpu, Event, Exec, gpr, seg};
+use crate::cpu::{Cpu, Event, Exec, Stop, gpr, seg};
 use crate::op::Op;
 use crate::word::Word;
 use crate::{control, fpu_state, legacy, msr, segment, syscall, system, transfer};
@@ -111,18 +111,18 @@ pub fn execute(c: &mut Cpu, op: &Op) -> Exec {
 
         Mnemonic::Lgdt => {
             c.gdtr = system::load_table(c, op, table_size(i.code()))?;
-            Ok(())
+            Err(Stop::EndBlock)
         }
         Mnemonic::Lidt => {
             c.idtr = system::load_table(c, op, table_size(i.code()))?;
-            Ok(())
+            Err(Stop::EndBlock)
         }
         Mnemonic::Sgdt => system::store_table(c, op, c.gdtr),
         Mnemonic::Sidt => system::store_table(c, op, c.idtr),
         Mnemonic::Sldt => system::store_selector(c, op, c.ldtr.selector),
         Mnemonic::Str => system::store_selector(c, op, c.tr.selector),
         Mnemonic::Invlpg => system::invlpg(c, op),
-        Mnemonic::Invd | Mnemonic::Wbinvd => segment::privileged(c),
+        Mnemonic::Invd | Mnemonic::Wbinvd | Mnemonic::Wbnoinvd => system::write_back(c),
         Mnemonic::Cpuid => system::cpuid(c),
         Mnemonic::Rdtsc => system::rdtsc(c, false),
         Mnemonic::Rdtscp => system::rdtsc(c, true),
@@ -137,12 +137,14 @@ pub fn execute(c: &mut Cpu, op: &Op) -> Exec {
         Mnemonic::Rdrand | Mnemonic::Rdseed => system::random(c, op),
         Mnemonic::Clflush | Mnemonic::Clflushopt => system::touch(c, op),
 
-        // Hints and fences: RAM is accessed in program order already, and the host's own order is no weaker than the guest's.
+        // Hints, what is one without control-flow enforcement, and fences: RAM is accessed in program order already, and the host's own order is no weaker than the guest's.
         Mnemonic::Nop
         | Mnemonic::Reservednop
         | Mnemonic::Pause
         | Mnemonic::Endbr32
         | Mnemonic::Endbr64
+        | Mnemonic::Rdsspd
+        | Mnemonic::Rdsspq
         | Mnemonic::Cldemote
         | Mnemonic::Prefetch
         | Mnemonic::Prefetchw
@@ -151,6 +153,8 @@ pub fn execute(c: &mut Cpu, op: &Op) -> Exec {
         | Mnemonic::Prefetcht0
         | Mnemonic::Prefetcht1
         | Mnemonic::Prefetcht2
+        | Mnemonic::Prefetchit0
+        | Mnemonic::Prefetchit1
         | Mnemonic::Lfence => Ok(()),
         Mnemonic::Sfence | Mnemonic::Mfence => {
             std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);

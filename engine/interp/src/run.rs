@@ -316,7 +316,7 @@ impl Cpu {
 
     /// Takes an NMI or an interrupt if there is one and it may be taken.
     fn take_interrupt(&mut self) -> Taken {
-        if self.shadow {
+        if self.shadow && self.activity == Activity::Running {
             // One instruction first; `step` makes the loop look again.
             return Taken::Nothing;
         }
@@ -368,6 +368,8 @@ impl Cpu {
             }
         }
         self.delivering = None;
+        // A trap after HLT ends it.
+        self.activity = Activity::Running;
         self.io.clear();
         self.debug_trap = 0;
         self.check_events = true;

@@ -388,7 +388,7 @@ pub fn lldt(c: &mut Cpu, op: &Op) -> Exec {
     privileged(c)?;
     let selector = read_rm::<u16>(c, op, 0)?;
     c.ldtr = fetch_ldt(c, selector, Exception::gp)?;
-    Ok(())
+    Err(Stop::EndBlock)
 }
 
 /// What LDTR becomes; a wrong selector is `bad`, one that is not present #NP or, in a task switch, `bad` too.
@@ -441,7 +441,7 @@ pub fn ltr(c: &mut Cpu, op: &Op) -> Exec {
     c.set_type_bits(&descriptor, 2)?;
     tr.attributes |= 2;
     c.tr = tr;
-    Ok(())
+    Err(Stop::EndBlock)
 }
 
 /// LAR, LSL, VERR, VERW: ZF tells whether the selector can be used so at this privilege level.

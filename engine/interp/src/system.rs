@@ -103,7 +103,8 @@ pub fn hlt(c: &mut Cpu) -> Exec {
     Err(Stop::EndBlock)
 }
 
-/// CPUID.
+/// CPUID. Ends the block because it serialises: code that another vCPU changed before must be seen behind it (SDM vol. 3,
+/// 9.1.3).
 pub fn cpuid(c: &mut Cpu) -> Exec {
     let values = c.cpuid(c.get(gpr::RAX), c.get(gpr::RCX));
     for (reg, value) in [gpr::RAX, gpr::RBX, gpr::RCX, gpr::RDX]
@@ -112,7 +113,13 @@ pub fn cpuid(c: &mut Cpu) -> Exec {
     {
         c.set(reg, value);
     }
-    Ok(())
+    Err(Stop::EndBlock)
+}
+
+/// INVD and WBINVD: there is no cache to write back, but they serialise like [`cpuid`].
+pub fn write_back(c: &mut Cpu) -> Exec {
+    privileged(c)?;
+    Err(Stop::EndBlock)
 }
 
 /// RDTSC and, with `aux`, RDTSCP.

@@ -61,7 +61,10 @@ impl Engine for InterpEngine {
         if !(1..=MAX_VCPUS).contains(&config.vcpus) {
             return Err(EngineError::Unusable {
                 engine: self.name(),
-                why: format!("{} vCPUs were asked for, it has 1 to {MAX_VCPUS}", config.vcpus),
+                why: format!(
+                    "{} vCPUs were asked for, it has 1 to {MAX_VCPUS}",
+                    config.vcpus
+                ),
             });
         }
         Ok(Arc::new(InterpVm(Arc::new(VmShared::new(config)))))
@@ -254,10 +257,11 @@ impl Cpu {
     pub fn serve_others(&mut self) {
         let vm = Arc::clone(&self.vm);
         let me = &vm.vcpus[self.index as usize];
-        if me.requests.load(SeqCst) & request::PARK != 0 {
+        // The bit is cleared by whoever set it, before the lock is released. The next one may have found this vCPU
+        // not executing meanwhile, so look again after saying that it is.
+        while me.requests.load(SeqCst) & request::PARK != 0 {
             me.executing.store(false, SeqCst);
             drop(lock(&vm.world));
-            // The bit is cleared by whoever set it, before the lock is released.
             me.executing.store(true, SeqCst);
         }
         if me.requests.load(SeqCst) & request::PROTECT != 0 {
