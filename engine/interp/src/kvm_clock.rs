@@ -44,7 +44,6 @@ impl Cpu {
         let (multiplier, shift) = scale(self.vm.model.tsc_khz);
         // At guest time 0 the counter was `tsc_base`.
         let words = [
-            2,
             0,
             self.tsc_base as u32,
             (self.tsc_base >> 32) as u32,
@@ -53,7 +52,7 @@ impl Cpu {
             multiplier,
             u32::from(shift as u8) | TSC_STABLE << 8,
         ];
-        self.write_ram(request & !3, &words);
+        self.write_versioned(request & !3, &words);
     }
 
     /// Writes the wall clock structure: the wall-clock time at guest time 0.
@@ -61,10 +60,18 @@ impl Cpu {
         let clock = &self.vm.clock;
         let start = clock.wall().saturating_sub(clock.now());
         let (seconds, ns) = (start / 1_000_000_000, start % 1_000_000_000);
-        self.write_ram(
-            self.msrs.kvm_wall_clock & !3,
-            &[2, seconds as u32, ns as u32],
-        );
+        let words = [seconds as u32, ns as u32];
+        self.write_versioned(self.msrs.kvm_wall_clock & !3, &words);
+    }
+
+    /// Writes a structure that begins with a version, which is odd while the rest changes.
+    fn write_versioned(&mut self, address: u64, rest: &[u32]) {
+        let old = self.vm.ram.atomic_u32(address);
+        let old = old.map_or(0, |v| v.load(std::sync::atomic::Ordering::Acquire));
+        let version = (old | 1).wrapping_add(1);
+        self.write_ram(address, &[version.wrapping_sub(1)]);
+        self.write_ram(address.wrapping_add(4), rest);
+        self.write_ram(address, &[version]);
     }
 
     /// Writes words at a guest-physical address that is a multiple of 4; what is not RAM takes nothing.
@@ -92,7 +99,7 @@ mod tests {
                 0.. => cycles << shift,
                 _ => cycles >> -shift,
             };
-            let ns = shifted * u128::from(multiplier) >> 32;
+            let ns = (shifted * u128::from(multiplier)) >> 32;
             assert!((999_999_990..=1_000_000_000).contains(&ns), "{khz}: {ns}");
         }
     }

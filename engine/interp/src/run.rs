@@ -21,6 +21,8 @@ use crate::vm::{Handle, Mailbox, VmShared, request};
 
 /// Instructions between two looks at the clock: some tens of microseconds.
 const CLOCK_INTERVAL: u64 = 4096;
+/// Exceptions one upon the other before the vCPU shuts down.
+const MAX_DELIVERIES: u32 = 16;
 /// Blocks that a crash report looks back.
 const HISTORY: usize = 8;
 
@@ -342,7 +344,9 @@ impl Cpu {
 
     /// Delivers an event, and what goes wrong with it, until an instruction can be executed again.
     fn deliver_fully(&mut self, mut event: Event) -> Option<Exit> {
+        let mut attempts = 0;
         loop {
+            attempts += 1;
             self.delivering = Some(event);
             match self.deliver(event) {
                 Ok(()) | Err(Stop::EndBlock | Stop::Again) => break,
@@ -353,6 +357,8 @@ impl Cpu {
                 Err(Stop::Fault) => {
                     self.io.clear();
                     let combined = match event {
+                        // Benign ones (#AC on the handler's stack) can follow each other for ever; processors hang.
+                        _ if attempts == MAX_DELIVERIES => None,
                         Event::Exception(first) => Exception::combine(first.vector, self.fault),
                         _ => Some(self.fault),
                     };

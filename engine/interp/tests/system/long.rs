@@ -443,7 +443,7 @@ fn the_kvm_clock_is_the_time_stamp_counter() {
     } else {
         delta << shift
     };
-    let ns = m.get64(DATA + 16) + (shifted * u64::from(m.get32(DATA + 24)) >> 32);
+    let ns = m.get64(DATA + 16) + ((shifted * u64::from(m.get32(DATA + 24))) >> 32);
     assert!((76..=77).contains(&ns), "{ns}");
     assert_eq!(m.get32(DATA + 28) >> 8 & 1, 1, "stable");
     assert_eq!(m.get32(DATA + 0x104), 1_700_000_000);

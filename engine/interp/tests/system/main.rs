@@ -2,6 +2,7 @@
 //! programs run in a machine whose tables the tests set up.
 
 mod events;
+mod hostile;
 mod long;
 mod machine;
 mod protected;
