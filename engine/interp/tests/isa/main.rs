@@ -1,0 +1,10 @@
+//! The instruction set, proved: data lines with expected results, random instruction sequences against the host
+//! processor, several vCPUs on shared memory, self-modifying code, breakpoints and exact instruction counts.
+
+// UNSAFETY: the host processor as an oracle: generated machine code is run, and its faults are caught as signals.
+#![allow(unsafe_code)]
+
+mod differential;
+mod host;
+mod machine;
+mod random;
