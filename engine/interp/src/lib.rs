@@ -5,7 +5,8 @@
 //!
 //! Where things are: [`run`] the loop, events and exits; [`block`] the cache of decoded code; [`decode`] from iced's
 //! instruction to an [`op::Op`]; [`memory`] segmentation, TLB and devices; `integer`, `flow`, `string` the common instructions;
-//! `rare` the dispatch of the others to `system`, `segment`, `transfer`, `task`, `legacy`, `fpu_state`; `native` those that run on the host;
+//! `rare` the dispatch of the others to `segment`, `transfer` (far jumps, calls, returns), `task`, `syscall`, `control` (registers), `msr`,
+//! `system`, `legacy`, `fpu_state`; `native` those that run on the host; [`frame`] stacks that a transfer builds;
 //! [`exception`] delivery through the IDT; [`vm`] what the vCPUs share.
 //!
 //! The specification is Intel's SDM; the AMD APM where the CPU model follows AMD.
