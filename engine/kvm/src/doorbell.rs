@@ -68,7 +68,7 @@ impl Doorbell {
         let thread = self.thread.load(Ordering::SeqCst);
         if thread != 0 {
             // SAFETY: a system call without pointers. A stale thread number is harmless: the handler does nothing.
-            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, signal()) };
+            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, SIGNAL) };
         }
     }
 
@@ -128,10 +128,9 @@ impl Kick for Doorbell {
     }
 }
 
-/// The signal that interrupts KVM_RUN.
-fn signal() -> i32 {
-    libc::SIGRTMIN()
-}
+/// The signal that interrupts KVM_RUN: one that nothing else here uses, whose default is to be ignored, and not a real-time signal, as those
+/// are queued, and fail to be sent when the user's queue is full.
+const SIGNAL: i32 = libc::SIGURG;
 
 extern "C" fn interrupted(_: i32) {}
 
@@ -144,7 +143,7 @@ fn prepare_signal() {
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = interrupted as extern "C" fn(i32) as usize;
             action.sa_flags = libc::SA_RESTART;
-            libc::sigaction(signal(), &action, std::ptr::null_mut());
+            libc::sigaction(SIGNAL, &action, std::ptr::null_mut());
         }
     });
 }
@@ -157,7 +156,7 @@ fn thread_number() -> i32 {
             unsafe {
                 let mut set: libc::sigset_t = std::mem::zeroed();
                 libc::sigemptyset(&mut set);
-                libc::sigaddset(&mut set, signal());
+                libc::sigaddset(&mut set, SIGNAL);
                 libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, std::ptr::null_mut());
                 libc::gettid()
             }

@@ -29,7 +29,8 @@ pub(crate) struct KvmVcpu {
     vm: Arc<Vm>,
     bell: Arc<Doorbell>,
     pending: Pending,
-    /// Whether KVM would take an interrupt of the 8259 now; `None`: ask.
+    /// Whether KVM would take an interrupt of the 8259 now; `None`: ask. `Some(false)` is for a vCPU that is not halted, or cannot
+    /// become ready while it is: KVM then tells by the interrupt window.
     ready: Option<bool>,
     shutdown: bool,
 }
@@ -155,6 +156,8 @@ impl KvmVcpu {
                 self.pending = Pending::Finish;
             }
             (_, Entry::Interrupt(Some(vector))) => self.inject(vector)?,
+            // It may still be halted, where KVM does not tell when it is ready.
+            (_, Entry::Interrupt(None)) => self.ready = None,
             _ => {}
         }
         Ok(None)
@@ -239,7 +242,7 @@ impl KvmVcpu {
     /// One KVM_RUN.
     fn enter(&mut self) -> Outcome {
         self.pending = Pending::Nothing;
-        self.ready = Some(false);
+        self.ready = None;
         let exit = match self.fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => {
                 let data = NonNull::from(data);
