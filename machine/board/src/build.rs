@@ -3,10 +3,11 @@
 use std::io;
 use std::sync::Arc;
 
-use lodger_address_space::{AddressSpace, Bus, BusTarget, Overlap};
+use lodger_address_space::{AddressSpace, BusTarget, Overlap};
 use lodger_chipset::{
-    AcpiPm, AcpiPmConfig, ByteSink, DebugExit, FwCfg, FwCfgConfig, FwCfgError, I8042, Ioapic,
-    IoapicConfig, PM_PORT, Pic, Pit, ResetControl, Rtc, RtcConfig, Uart, UartConfig,
+    AcpiPm, AcpiPmConfig, ByteSink, DebugExit, FwCfg, FwCfgConfig, FwCfgError, HPET_PIT_LINE,
+    HPET_RTC_LINE, Hpet, HpetConfig, HpetLines, I8042, Ioapic, IoapicConfig, PM_PORT, Pic, Pit,
+    ResetControl, Rtc, RtcConfig, Uart, UartConfig,
 };
 use lodger_clock::SharedClock;
 use lodger_device_model::{Device, IrqLine, IrqSink, MachineControl};
@@ -202,6 +203,10 @@ impl Board {
         self.space.ports.map(start.into(), len, target)
     }
 
+    fn memory(&self, start: u64, len: u64, target: Arc<dyn BusTarget>) -> Result<(), Overlap> {
+        self.space.mmio.map(start, len, target)
+    }
+
     /// Puts a device with one block of ports at `port`.
     fn add_ports<D>(&mut self, port: u16, len: u64, device: &Arc<D>) -> Result<(), Overlap>
     where
@@ -225,9 +230,23 @@ impl Board {
         self.ports(map::PIC_SLAVE_PORT, map::PIC_LEN, pic.slave_ports())?;
         self.ports(map::PIC_ELCR_PORT, map::PIC_LEN, pic.elcr_ports())?;
         let ioapic = self.ioapic.clone();
-        map_at(&self.space.mmio, map::IOAPIC_BASE, map::IOAPIC_LEN, ioapic)?;
+        self.memory(map::IOAPIC_BASE, map::IOAPIC_LEN, ioapic)?;
 
-        let pit = Pit::new(self.clock(), self.isa_line(map::PIT_IRQ));
+        // The timer's and the clock's lines run through the HPET, which can take their place.
+        let route = |gsi| (gsi, IrqLine::new(self.ioapic.clone(), gsi));
+        let lines = HpetLines {
+            pit: self.isa_line(map::PIT_IRQ),
+            rtc: self.isa_line(map::RTC_IRQ),
+            routes: map::HPET_GSIS.map(route).into(),
+        };
+        let config = HpetConfig {
+            messages: Some(self.inputs.clone()),
+        };
+        let hpet = Hpet::new(config, self.clock(), lines);
+        self.devices.push(hpet.clone());
+        self.memory(map::HPET_BASE, map::HPET_LEN, hpet.clone())?;
+
+        let pit = Pit::new(self.clock(), IrqLine::new(hpet.clone(), HPET_PIT_LINE));
         self.add_ports(map::PIT_PORT, map::PIT_LEN, &pit)?;
         self.ports(map::PORT_B, 1, pit.port_b())?;
 
@@ -237,7 +256,7 @@ impl Board {
             ram_above_4g: ranges[1..].iter().map(|r| r.len).sum(),
             memory: Vec::new(),
         };
-        let rtc = Rtc::new(rtc, self.clock(), self.isa_line(map::RTC_IRQ));
+        let rtc = Rtc::new(rtc, self.clock(), IrqLine::new(hpet, HPET_RTC_LINE));
         self.add_ports(map::RTC_PORT, map::RTC_LEN, &rtc)?;
 
         let (port, irq) = map::SERIAL;
@@ -292,12 +311,7 @@ impl Board {
         let ports = Arc::new(Registers::Ports(bridge.clone()));
         self.ports(CONFIG_PORTS as u16, CONFIG_PORTS_LEN, ports)?;
         let (base, len) = (map::ECAM.base.into(), map::ECAM.len().into());
-        map_at(
-            &self.space.mmio,
-            base,
-            len,
-            Arc::new(Registers::Memory(bridge)),
-        )?;
+        self.memory(base, len, Arc::new(Registers::Memory(bridge)))?;
         Ok(pci)
     }
 
@@ -306,10 +320,6 @@ impl Board {
         self.devices.push(device);
         Ok(())
     }
-}
-
-fn map_at(bus: &Bus, start: u64, len: u64, target: Arc<dyn BusTarget>) -> Result<(), Overlap> {
-    bus.map(start, len, target)
 }
 
 /// One of the two sides of a device that has registers on both buses.

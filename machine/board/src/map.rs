@@ -3,10 +3,10 @@
 //! ```text
 //! guest-physical memory                        interrupts (GSI = I/O APIC pin)
 //! 0           RAM (0xa0000-0xfffff as well)     0      nothing (8259s only)
-//! 0xc000_0000 PCI windows, 32-bit              1      8042          4  serial port
+//! 0xc000_0000 PCI window, 32-bit               1      8042          4  serial port
 //! 0xe000_0000 PCI configuration, bus 0         2      8254 (IRQ 0)  8  RTC     9  ACPI
 //! 0xfec0_0000 I/O APIC                         16-19  PCI INTA-INTD (8259s: IRQs 5, 6, 10, 11)
-//! 0xfed0_0000 HPET
+//! 0xfed0_0000 HPET                             20-23  HPET
 //! 0xfee0_0000 local APICs
 //! 1 << 32     RAM above 3 GiB
 //! 1 << 39     PCI window, 64-bit
@@ -19,13 +19,13 @@ use lodger_chipset::{
     UART_PORTS,
 };
 use lodger_guest_memory::RamRange;
-use lodger_tables::{AcpiConfig, Ecam, IoApic, PciHost, PmPorts, Sci, Serial};
+use lodger_tables::{AcpiConfig, Ecam, Hpet, IoApic, PciHost, PmPorts, Sci, Serial};
 
 pub use lodger_chipset::{
-    DEBUG_EXIT_LEN, DEBUG_EXIT_PORT, FAST_A20_PORT, FW_CFG_LEN, FW_CFG_PORT, I8042_COMMAND_PORT,
-    I8042_DATA_PORT, I8042_IRQ, IOAPIC_BASE, IOAPIC_LEN, PIC_ELCR_PORT, PIC_LEN, PIC_MASTER_PORT,
-    PIC_SLAVE_PORT, PIT_IRQ, PIT_LEN, PIT_PORT, PM_LEN, PORT_B, RTC_IRQ, RTC_LEN, RTC_PORT,
-    UART_LEN,
+    DEBUG_EXIT_LEN, DEBUG_EXIT_PORT, FAST_A20_PORT, FW_CFG_LEN, FW_CFG_PORT, HPET_BASE, HPET_LEN,
+    I8042_COMMAND_PORT, I8042_DATA_PORT, I8042_IRQ, IOAPIC_BASE, IOAPIC_LEN, PIC_ELCR_PORT,
+    PIC_LEN, PIC_MASTER_PORT, PIC_SLAVE_PORT, PIT_IRQ, PIT_LEN, PIT_PORT, PM_LEN, PORT_B, RTC_IRQ,
+    RTC_LEN, RTC_PORT, UART_LEN,
 };
 
 const GIB: u64 = 1 << 30;
@@ -65,6 +65,11 @@ pub const PCI_IRQS: [u8; 4] = [5, 6, 10, 11];
 pub const ELCR: u16 =
     1 << PCI_IRQS[0] | 1 << PCI_IRQS[1] | 1 << PCI_IRQS[2] | 1 << PCI_IRQS[3] | 1 << SCI_IRQ;
 
+/// The I/O APIC's pins that the HPET's timers can be routed to.
+pub const HPET_GSIS: [u32; 4] = [20, 21, 22, 23];
+/// The low half of the HPET's capabilities: revision 1, three 64-bit timers, legacy replacement, vendor Intel.
+pub const HPET_BLOCK_ID: u32 = 0x8086_a201;
+
 /// The first serial port, ttyS0: port and interrupt line.
 pub const SERIAL: (u16, u32) = UART_PORTS[0];
 
@@ -90,7 +95,10 @@ pub fn acpi(vcpus: u32) -> AcpiConfig {
             id: IOAPIC_ID,
             address: IOAPIC_BASE as u32,
         },
-        hpet: None,
+        hpet: Some(Hpet {
+            address: HPET_BASE as u32,
+            block_id: HPET_BLOCK_ID,
+        }),
         pm: PmPorts {
             event: PM_PORT + PM1A_EVT_OFFSET,
             control: PM_PORT + PM1A_CNT_OFFSET,
