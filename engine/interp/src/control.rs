@@ -156,7 +156,7 @@ pub fn mov_to_cr(c: &mut Cpu, op: &Op) -> Exec {
         8 if value > 15 => return c.gp0(),
         8 => {
             c.lapic.set_cr8(value);
-            c.check_events = true;
+            c.interrupts_may_come();
         }
         _ => return c.ud(),
     }

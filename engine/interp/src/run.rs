@@ -219,7 +219,8 @@ impl Cpu {
                 }
             }
         }
-        self.check_events = true;
+        // The shadow of STI is over.
+        self.interrupts_may_come();
         if self.step_trap {
             self.debug_trap |= dr6::BS;
         }
@@ -227,6 +228,7 @@ impl Cpu {
             self.dr6 |= std::mem::take(&mut self.debug_trap);
             // A trap: RIP is past the instruction.
             self.delivering = Some(Event::Exception(Exception::plain(Vector::Debug)));
+            self.check_events = true;
         }
         Ok(())
     }
@@ -235,7 +237,9 @@ impl Cpu {
     #[cold]
     fn after(&mut self, stop: Stop) -> Option<Exit> {
         match stop {
-            Stop::EndBlock | Stop::Again => {}
+            Stop::EndBlock => {}
+            // Time may have passed.
+            Stop::Again => self.check_events = true,
             Stop::Fault => {
                 self.io.clear();
                 self.debug_trap = 0;

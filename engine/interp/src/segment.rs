@@ -54,6 +54,9 @@ pub mod system_type {
     pub const TRAP_GATE32: u8 = 15;
 }
 
+/// An entry of [`Cpu::flat`] with a bit for every [`Access`].
+const ALL_ACCESSES: u8 = 7;
+
 /// Whether a selector is null, whatever its RPL.
 pub fn is_null(selector: u16) -> bool {
     selector & 0xfffc == 0
@@ -116,19 +119,28 @@ impl Cpu {
 
     /// Brings `bases` and `flat` up to date. Needs `code` (64-bit mode or not).
     pub(crate) fn update_segments(&mut self) {
+        if self.long64() {
+            let base = |reg: u8| self.segments[reg as usize].base;
+            self.bases = [0, 0, 0, 0, base(seg::FS), base(seg::GS), 0, 0];
+            self.flat = [ALL_ACCESSES; 8];
+            return;
+        }
         for reg in 0..6 {
             self.update_segment(reg);
         }
         for none in 6..8 {
             self.bases[none] = 0;
-            self.flat[none] = 7;
+            self.flat[none] = ALL_ACCESSES;
         }
     }
 
     /// The same for one register.
     fn update_segment(&mut self, reg: u8) {
         let s = &self.segments[reg as usize];
-        let ignored = self.long64() && reg < seg::FS;
+        if self.long64() {
+            self.bases[reg as usize] = if reg < seg::FS { 0 } else { s.base };
+            return;
+        }
         let free = self.unprotected();
         let mut flat = 0;
         if s.limit == u32::MAX && !s.is_expand_down() && (s.is_present() || free) {
@@ -141,7 +153,7 @@ impl Cpu {
                 flat |= u8::from(typed || free) << access as u8;
             }
         }
-        self.bases[reg as usize] = if ignored { 0 } else { s.base };
+        self.bases[reg as usize] = s.base;
         self.flat[reg as usize] = flat;
     }
 
@@ -501,14 +513,13 @@ pub fn arpl(c: &mut Cpu, op: &Op) -> Exec {
             (old, false)
         }
     };
-    let adjusted = if crate::rare::is_memory(op, 0) {
-        c.modify::<u16, bool>(op, false, adjust)?
-    } else {
-        let reg = register(op, 0);
-        let (new, adjusted) = adjust(c.get(reg));
-        c.set(reg, new);
-        adjusted
-    };
+    let (new, adjusted) = adjust(read_rm(c, op, 0)?);
+    match adjusted {
+        // Not written, so it may be read-only.
+        false => {}
+        true if crate::rare::is_memory(op, 0) => c.store(op, new)?,
+        true => c.set(register(op, 0), new),
+    }
     c.flags = c.flags & !RFlags::ZF.bits() | u64::from(adjusted) << 6;
     Ok(())
 }

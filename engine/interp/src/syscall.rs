@@ -80,7 +80,7 @@ pub fn sysret(c: &mut Cpu, long: bool) -> Exec {
     } else {
         c.flags |= RFlags::IF.bits();
     }
-    c.check_events = true;
+    c.interrupts_may_come();
     if !long {
         return switch(c, cs, 3, false, rcx & 0xffff_ffff);
     }

@@ -1,6 +1,8 @@
 //! Far control transfers: JMP, CALL, RET and IRET (SDM vol. 3, 5.8 and 6.12; vol. 2). Interrupts are in [`crate::exception`],
 //! task switches in [`crate::task`], SYSCALL and its like in [`crate::syscall`].
 
+use std::sync::atomic::Ordering::Relaxed;
+
 use iced_x86::OpKind;
 use lodger_x86::bits::{RFlags, STATUS_FLAGS};
 use lodger_x86::paging::Access;
@@ -279,7 +281,7 @@ pub fn popf(c: &mut Cpu, size: u64) -> Exec {
     c.set_sp(sp.wrapping_add(size));
     if significant {
         c.update_privilege();
-        c.check_events = true;
+        c.interrupts_may_come();
         return Err(Stop::EndBlock);
     }
     Ok(())
@@ -304,7 +306,7 @@ pub fn sti(c: &mut Cpu) -> Exec {
     }
     c.flags |= RFlags::IF.bits();
     c.shadow = true;
-    c.check_events = true;
+    c.interrupts_may_come();
     Err(Stop::EndBlock)
 }
 
@@ -462,9 +464,16 @@ impl Cpu {
         self.flags & !mask | image & mask
     }
 
-    /// What IRET does besides: NMIs may come again, and IF or TF may have changed.
+    /// What IRET does besides: NMIs may come again, and IF may have been set.
     fn nmi_unblocked(&mut self) {
         self.nmi_blocked = false;
-        self.check_events = true;
+        self.interrupts_may_come();
+    }
+
+    /// After IF may have been set, NMIs unblocked or the task priority lowered: makes the run loop look if something is
+    /// waiting for that. What arrives later makes it look anyway.
+    pub(crate) fn interrupts_may_come(&mut self) {
+        let interrupt = || self.lapic.pending().is_some() || self.vm.intr.load(Relaxed);
+        self.check_events |= self.nmi_pending || self.flag(RFlags::IF) && interrupt();
     }
 }

@@ -40,6 +40,7 @@ pub struct DescriptorTable {
 
 impl Segment {
     /// A segment as in real mode: base = selector * 16, limit 64 KiB, read/write data (or code as x86 resets it).
+    #[inline]
     pub const fn real_mode(selector: u16) -> Segment {
         Segment {
             selector,
@@ -50,6 +51,7 @@ impl Segment {
     }
 
     /// A flat 4 GiB segment; `attributes` as in the field of that name.
+    #[inline]
     pub const fn flat(selector: u16, attributes: u16) -> Segment {
         Segment {
             selector,
@@ -60,6 +62,7 @@ impl Segment {
     }
 
     /// Decodes an 8-byte descriptor that is loaded with `selector`.
+    #[inline]
     pub const fn from_descriptor(selector: u16, descriptor: u64) -> Segment {
         let raw = (descriptor & 0xffff | descriptor >> 32 & 0xf_0000) as u32;
         let granular = descriptor >> 55 & 1 != 0;
@@ -72,56 +75,67 @@ impl Segment {
     }
 
     /// Type field, bits 0-3.
+    #[inline]
     pub const fn kind(&self) -> u8 {
         self.attributes as u8 & 0xf
     }
 
     /// Code or data (S = 1) rather than a system segment.
+    #[inline]
     pub const fn is_code_or_data(&self) -> bool {
         self.attributes & 0x10 != 0
     }
 
     /// A code segment.
+    #[inline]
     pub const fn is_code(&self) -> bool {
         self.attributes & 0x18 == 0x18
     }
 
     /// A conforming code segment.
+    #[inline]
     pub const fn is_conforming(&self) -> bool {
         self.attributes & 0x1c == 0x1c
     }
 
     /// A data segment that may be written.
+    #[inline]
     pub const fn is_writable_data(&self) -> bool {
         self.attributes & 0x1a == 0x12
     }
 
     /// A data segment, or a code segment that may be read.
+    #[inline]
     pub const fn is_readable(&self) -> bool {
         self.attributes & 0x18 == 0x10 || self.attributes & 0x1a == 0x1a
     }
 
     /// An expand-down data segment.
+    #[inline]
     pub const fn is_expand_down(&self) -> bool {
         self.attributes & 0x1c == 0x14
     }
 
     /// Descriptor privilege level.
+    #[inline]
     pub const fn dpl(&self) -> u8 {
         self.attributes as u8 >> 5 & 3
     }
 
     /// The present bit; clear for a null register.
+    #[inline]
     pub const fn is_present(&self) -> bool {
         self.attributes & 0x80 != 0
     }
 
     /// The L bit of a code segment: 64-bit code.
+    #[inline]
     pub const fn is_long(&self) -> bool {
         self.attributes & 0x2000 != 0
     }
 
     /// The D/B bit: 32-bit operands, stack or upper bound.
+    #[inline]
     pub const fn is_big(&self) -> bool {
         self.attributes & 0x4000 != 0
     }
