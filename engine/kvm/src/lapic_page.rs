@@ -4,7 +4,7 @@
 
 use kvm_bindings::kvm_lapic_state;
 use lodger_x86::LapicState;
-use lodger_x86::lapic_state::lvt;
+use lodger_x86::lapic_state::{divide_shift, lvt};
 
 const ID: usize = 0x20;
 const VERSION: usize = 0x30;
@@ -36,11 +36,6 @@ fn set(page: &mut kvm_lapic_state, offset: usize, value: u32) {
     for (register, byte) in page.regs[offset..].iter_mut().zip(value.to_le_bytes()) {
         *register = byte as _;
     }
-}
-
-/// log2 of the divisor that a divide configuration selects (SDM vol. 3, figure 10-10).
-fn divide_shift(configuration: u32) -> u32 {
-    (1 + (configuration & 3 | configuration >> 1 & 4)) & 7
 }
 
 /// Whether an LVT timer entry selects TSC-deadline mode.

@@ -62,8 +62,8 @@ pub(crate) fn run(kvm: &Kvm) -> Result<(), String> {
         ),
         Ok(Ok(other)) => Err(format!("the trial guest went astray: {other:?}")),
         Ok(Err(EngineError::Internal(what))) => Err(format!(
-            "{what}. This host's KVM emulates kernel code instead of running it; real virtualization (nested, if this host \
-             is itself virtual) is needed"
+            "this host's KVM emulates kernel code instead of running it. It needs real virtualization: if this host is itself \
+             virtual, nested virtualization, switched on in the outer monitor. What failed: {what}"
         )),
         Ok(Err(error)) => Err(error.to_string()),
         Err(_) => Err("KVM does not let go of a running vCPU".into()),

@@ -3,7 +3,7 @@
 //! Nothing runs in the background: the state holds when the count reaches zero, and the engine calls [`Lapic::expire`] at
 //! or after [`Lapic::next_deadline`]. Periods missed in between become one interrupt, as they do in IRR.
 
-use lodger_x86::lapic_state::lvt;
+use lodger_x86::lapic_state::{divide_shift, lvt};
 
 use crate::{Lapic, Now};
 
@@ -37,11 +37,6 @@ fn mode(entry: u32) -> Mode {
         2 => Mode::TscDeadline,
         _ => Mode::Reserved,
     }
-}
-
-/// log2 of the divisor that a divide configuration selects.
-fn divide_shift(configuration: u32) -> u32 {
-    (1 + (configuration & 3 | configuration >> 1 & 4)) & 7
 }
 
 impl Lapic {

@@ -65,6 +65,11 @@ pub mod lvt {
     pub const MASKED: u32 = 1 << 16;
 }
 
+/// log2 of the divisor that a divide configuration selects (SDM vol. 3, figure 10-10).
+pub fn divide_shift(configuration: u32) -> u32 {
+    (1 + (configuration & 3 | configuration >> 1 & 4)) & 7
+}
+
 impl LapicState {
     /// After power-on (SDM vol. 3, 10.4.7.1), for the vCPU with this APIC ID; `bsp`: the bootstrap processor.
     pub fn reset(id: u32, bsp: bool) -> LapicState {
