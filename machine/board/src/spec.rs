@@ -58,9 +58,9 @@ pub struct VirtioSpec {
 pub enum SpecError {
     /// Too little, too much or an odd amount of memory.
     #[error(
-        "a machine cannot have {0} bytes of memory: it must be a multiple of 4096 from {min} to {max}",
-        min = map::RAM_MIN,
-        max = map::RAM_MAX
+        "a machine cannot have {0} bytes of memory: it must be a multiple of 4096 from {min} MiB to {max} GiB",
+        min = map::RAM_MIN >> 20,
+        max = map::RAM_MAX >> 30
     )]
     Memory(u64),
     /// No vCPU, or more than the engine runs.

@@ -187,8 +187,9 @@ fn isa_interrupts_reach_both_controllers() {
         rig.out(0x40, &[0]);
         rig.clock.advance(10_000);
     };
-    let cases: [(&str, &dyn Fn(&Rig), u32, u8); 2] =
-        [("serial", &serial, 4, 0x24), ("timer", &timer, 2, 0x20)];
+    // Name, what raises the interrupt, the pin, the 8259s' vector.
+    type Case<'a> = (&'a str, &'a dyn Fn(&Rig), u32, u8);
+    let cases: [Case; 2] = [("serial", &serial, 4, 0x24), ("timer", &timer, 2, 0x20)];
     for (name, act, pin, vector) in cases {
         let rig = rig();
         rig.machine.power_on().unwrap();
@@ -198,10 +199,8 @@ fn isa_interrupts_reach_both_controllers() {
         act(&rig);
         let events = rig.inputs.take();
         assert!(events.contains(&Event::Intr(true)), "{name}: {events:?}");
-        assert!(
-            events.contains(&Event::Msi(0xfee0_0000, 0x50)),
-            "{name}: {events:?}"
-        );
+        let message = |e: &Event| matches!(e, Event::Msi(0xfee0_0000, data) if data & 0xff == 0x50);
+        assert!(events.iter().any(message), "{name}: {events:?}");
         let taken = rig.machine.answer(Exit::InterruptAcknowledge);
         assert_eq!(taken, Entry::Interrupt(Some(vector)), "{name}");
         assert_eq!(rig.inputs.take(), [Event::Intr(false)], "{name}");
