@@ -128,8 +128,8 @@ impl Kick for Doorbell {
     }
 }
 
-/// The signal that interrupts KVM_RUN: one that nothing else here uses, whose default is to be ignored, and not a real-time signal, as those
-/// are queued, and fail to be sent when the user's queue is full.
+/// The signal that interrupts KVM_RUN: one that nothing else here uses and that is ignored by default. Not a real-time signal: those
+/// are queued, and cannot be sent when the queue is full.
 const SIGNAL: i32 = libc::SIGURG;
 
 extern "C" fn interrupted(_: i32) {}

@@ -77,7 +77,7 @@ fn prepare(kvm: &Kvm) -> Result<impl Vcpu + use<>, EngineError> {
         len: MEMORY,
     }])
     .map_err(|e| host(&e))?;
-    // PML4 and page-directory-pointer table each with one entry, page directory with one 2 MiB page and the APIC's.
+    // PML4 and page-directory-pointer table each with one entry, page directory with one 2 MiB page.
     for (address, entry) in [
         (PAGE_TABLES, PAGE_TABLES + 0x1003),
         (PAGE_TABLES + 0x1000, PAGE_TABLES + 0x2003),
