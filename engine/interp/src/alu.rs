@@ -70,7 +70,7 @@ macro_rules! declare {
 declare!(add, adc, sub, sbb, and, or, xor; inc, dec, neg; shl, shr, sar, rol, ror, rcl, rcr; shld, shrd);
 
 macro_rules! implement {
-    ($type:ty, $signed:ty, $wide:ty, $swide:ty, $class:ident, $m:literal, $wider:ty, $wm:literal) => {
+    ($type:ty, $signed:ty, $wide:ty, $swide:ty, $class:ident, $m:literal, $wider:ty, $wm:literal, $kind:ident) => {
         impl Alu for $type {
             implement!(@binary $type, $class, $m, add "add", sub "sub", and "and", or "or", xor "xor");
             implement!(@carry $type, $class, $m, adc "adc", sbb "sbb");
@@ -79,42 +79,18 @@ macro_rules! implement {
             implement!(@rotate $type, $class, $m, rcl "rcl", rcr "rcr");
             implement!(@double $wider, $wm, shld "shld", shrd "shrd");
 
-            #[inline(always)]
-            fn mul(a: $type, b: $type, flags: u64) -> ($type, $type, u64) {
-                let wide = a as $wide * b as $wide;
-                let high = (wide >> <$type>::BITS) as $type;
-                let (_, status) = <$type>::and(wide as $type, wide as $type, flags);
-                let overflow = if high != 0 { CF | OF } else { 0 };
-                (wide as $type, high, replace(status, CF | OF, overflow))
-            }
-
-            #[inline(always)]
-            fn imul(a: $type, b: $type, flags: u64) -> ($type, $type, u64) {
-                let wide = a as $signed as $swide * b as $signed as $swide;
-                let (_, status) = <$type>::and(wide as $type, wide as $type, flags);
-                let fits = wide as $signed as $swide == wide;
-                let overflow = if fits { 0 } else { CF | OF };
-                (wide as $type, (wide >> <$type>::BITS) as $type, replace(status, CF | OF, overflow))
-            }
-
-            #[inline(always)]
-            fn bsf(a: $type, flags: u64) -> (Option<$type>, u64) {
-                let (_, status) = <$type>::and(a, a, flags);
-                ((a != 0).then(|| a.trailing_zeros() as $type), status)
-            }
-
-            #[inline(always)]
-            fn bsr(a: $type, flags: u64) -> (Option<$type>, u64) {
-                let (_, status) = <$type>::and(a, a, flags);
-                ((a != 0).then(|| (<$type>::BITS - 1 - a.leading_zeros()) as $type), status)
-            }
+            implement!(@multiply $kind $type, $m, mul "mul", imul "imul");
+            implement!(@scan $kind $type, $m, bsf "bsf", bsr "bsr");
 
             #[inline(always)]
             fn div(high: $type, low: $type, by: $type) -> Option<($type, $type)> {
+                if high == 0 {
+                    return Some((low.checked_div(by)?, low % by));
+                }
                 let value = (high as $wide) << <$type>::BITS | low as $wide;
-                let quotient = value.checked_div(by as $wide)?;
-                let fits = quotient <= <$type>::MAX as $wide;
-                fits.then(|| (quotient as $type, (value % by as $wide) as $type))
+                // Also when `by` is zero.
+                let fits = high < by;
+                fits.then(|| ((value / by as $wide) as $type, (value % by as $wide) as $type))
             }
 
             #[inline(always)]
@@ -127,6 +103,50 @@ macro_rules! implement {
             }
         }
     };
+    (@multiply byte $type:ty, $m:literal, $($name:ident $ins:literal),*) => { $(
+        #[inline(always)]
+        fn $name(a: u8, b: u8, flags: u64) -> (u8, u8, u64) {
+            let (wide, ax): (u16, u16);
+            // SAFETY: computes on registers only.
+            unsafe {
+                asm!(concat!($ins, " {b}"), "mov {wide:x}, ax", "lahf", "seto al",
+                    b = in(reg_byte) b, wide = out(reg) wide, inout("ax") u16::from(a) => ax,
+                    options(pure, nomem, nostack));
+            }
+            (wide as u8, (wide >> 8) as u8, replace(flags, STATUS_FLAGS, unpack(ax)))
+        }
+    )* };
+    (@multiply word $type:ty, $m:literal, $($name:ident $ins:literal),*) => { $(
+        #[inline(always)]
+        fn $name(a: $type, b: $type, flags: u64) -> ($type, $type, u64) {
+            let (low, high, ax): ($type, $type, u64);
+            // SAFETY: computes on registers only.
+            unsafe {
+                asm!(concat!($ins, " {b", $m, "}"), "mov {low:r}, rax", "lahf", "seto al",
+                    b = in(reg) b, low = out(reg) low, out("rdx") high, inout("rax") u64::from(a) => ax,
+                    options(pure, nomem, nostack));
+            }
+            (low, high, replace(flags, STATUS_FLAGS, unpack(ax as u16)))
+        }
+    )* };
+    (@scan byte $type:ty, $m:literal, $($name:ident $ins:literal),*) => { $(
+        fn $name(_: u8, _: u64) -> (Option<u8>, u64) {
+            unreachable!("bits are scanned in words")
+        }
+    )* };
+    (@scan word $type:ty, $m:literal, $($name:ident $ins:literal),*) => { $(
+        #[inline(always)]
+        fn $name(a: $type, flags: u64) -> (Option<$type>, u64) {
+            let mut index: $type = 0;
+            let ax: u16;
+            // SAFETY: computes on registers only.
+            unsafe {
+                asm!(concat!($ins, " {i", $m, "}, {a", $m, "}"), "lahf", "seto al",
+                    i = inout(reg) index, a = in(reg) a, out("ax") ax, options(pure, nomem, nostack));
+            }
+            ((a != 0).then_some(index), replace(flags, STATUS_FLAGS, unpack(ax)))
+        }
+    )* };
     (@binary $type:ty, $class:ident, $m:literal, $($name:ident $ins:literal),*) => { $(
         #[inline(always)]
         fn $name(a: $type, b: $type, flags: u64) -> ($type, u64) {
@@ -210,10 +230,10 @@ macro_rules! implement {
     )* };
 }
 
-implement!(u8, i8, u16, i16, reg_byte, "", u16, ":x");
-implement!(u16, i16, u32, i32, reg, ":x", u16, ":x");
-implement!(u32, i32, u64, i64, reg, ":e", u32, ":e");
-implement!(u64, i64, u128, i128, reg, ":r", u64, ":r");
+implement!(u8, i8, u16, i16, reg_byte, "", u16, ":x", byte);
+implement!(u16, i16, u32, i32, reg, ":x", u16, ":x", word);
+implement!(u32, i32, u64, i64, reg, ":e", u32, ":e", word);
+implement!(u64, i64, u128, i128, reg, ":r", u64, ":r", word);
 
 macro_rules! operations {
     (unary: $($type:ident $name:ident),*) => { $(
@@ -342,6 +362,9 @@ mod tests {
         assert_eq!(u8::div(1, 0xff, 2), Some((0xff, 1)));
         assert_eq!(u64::idiv(1 << 63, 0, u64::MAX), None);
         assert_eq!(u8::idiv(0xff, 0x80, 0xff), None, "-128 / -1");
-        assert_eq!(u32::idiv(u32::MAX, -7i32 as u32, 2), Some((-3i32 as u32, -1i32 as u32)));
+        assert_eq!(
+            u32::idiv(u32::MAX, -7i32 as u32, 2),
+            Some((-3i32 as u32, -1i32 as u32))
+        );
     }
 }

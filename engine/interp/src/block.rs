@@ -33,7 +33,8 @@ const FETCHES: usize = 128;
 /// Decoded code.
 pub struct Block {
     pub ops: Box<[Op]>,
-    /// What the `imm` of some ops points to.
+    /// What the `imm` of some ops points to: boxed, because it must not move.
+    #[expect(clippy::vec_box)]
     _rare: Vec<Box<Rare>>,
     /// The code that was decoded.
     bytes: Box<[u8]>,
@@ -93,6 +94,8 @@ pub struct BlockCache {
     fetches: Box<[Fetch]>,
     /// By guest-physical address << 2 | code size.
     map: HashMap<u64, *mut Block, BuildHasherDefault<AddressHasher>>,
+    /// Boxed, because others point to them.
+    #[expect(clippy::vec_box)]
     arena: Vec<Box<Block>>,
     /// A block that crosses a page or a limit: decoded anew for each execution.
     once: Option<Box<Block>>,

@@ -81,7 +81,7 @@ impl Cpu {
     ) -> Result<(), Exception> {
         // What is longer than a register is a state image or a descriptor table, which have rules of their own.
         let natural = len.is_power_of_two() && len <= 16;
-        if self.watch.alignment && natural && linear % len != 0 {
+        if self.watch.alignment && natural && !linear.is_multiple_of(len) {
             return Err(Exception::with_code(Vector::AlignmentCheck, 0));
         }
         if self.watch.data {

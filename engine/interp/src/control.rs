@@ -35,8 +35,8 @@ impl Cpu {
             return Ok(self.pdptes);
         }
         match paging.load_pdptes(&self.vm.ram) {
-            Ok(pdptes) => Ok(pdptes),
-            Err(()) => self.gp0(),
+            Some(pdptes) => Ok(pdptes),
+            None => self.gp0(),
         }
     }
 

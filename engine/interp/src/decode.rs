@@ -75,7 +75,11 @@ pub fn decode(i: &Instruction, stubs: &mut StubCache) -> Result<(Op, Option<Box<
         op.run = handler;
         return Ok((op, None));
     }
-    let native = if i.is_invalid() { None } else { stubs.prepare(i)? };
+    let native = if i.is_invalid() {
+        None
+    } else {
+        stubs.prepare(i)?
+    };
     let masked = Masked::decode(i);
     let rare = Box::new(Rare {
         instruction: *i,
@@ -278,8 +282,9 @@ fn common(i: &Instruction, op: &mut Op) -> Option<Handler> {
         Mnemonic::Lahf => Some(lahf),
         Mnemonic::Sahf => Some(sahf),
         Mnemonic::Nop | Pause | Endbr64 | Endbr32 => Some(nop),
-        Prefetchnta | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchw | Prefetch
-        | Reservednop => Some(nop),
+        Prefetchnta | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchw | Prefetch | Reservednop => {
+            Some(nop)
+        }
         Push | Pop => push_pop(i, k0, op),
         Mnemonic::Leave => Some(match i.code() {
             iced_x86::Code::Leavew => leave::<u16>,
@@ -472,15 +477,27 @@ fn transfer(i: &Instruction, k0: Kind, op: &mut Op) -> Option<Handler> {
     Some(match (i.op0_kind(), k0, call) {
         (OpKind::NearBranch16, _, _) => {
             distance(op);
-            if call { crate::flow::call::<u16> } else { jmp::<u16> }
+            if call {
+                crate::flow::call::<u16>
+            } else {
+                jmp::<u16>
+            }
         }
         (OpKind::NearBranch32, _, _) => {
             distance(op);
-            if call { crate::flow::call::<u32> } else { jmp::<u32> }
+            if call {
+                crate::flow::call::<u32>
+            } else {
+                jmp::<u32>
+            }
         }
         (OpKind::NearBranch64, _, _) => {
             distance(op);
-            if call { crate::flow::call::<u64> } else { jmp::<u64> }
+            if call {
+                crate::flow::call::<u64>
+            } else {
+                jmp::<u64>
+            }
         }
         (_, Reg, false) => sized_word!(size(i, 0), jmp_r[]),
         (_, Reg, true) => sized_word!(size(i, 0), call_r[]),
@@ -536,9 +553,19 @@ fn strings<K: StringOp>(i: &Instruction, op: &mut Op) -> Option<Handler> {
         rep::NONE
     };
     let mut kinds = i.op_kinds();
-    op.address_shift = if kinds.any(|k| matches!(k, OpKind::MemorySegSI | OpKind::MemorySegDI | OpKind::MemoryESDI)) {
+    op.address_shift = if kinds.any(|k| {
+        matches!(
+            k,
+            OpKind::MemorySegSI | OpKind::MemorySegDI | OpKind::MemoryESDI
+        )
+    }) {
         48
-    } else if i.op_kinds().any(|k| matches!(k, OpKind::MemorySegESI | OpKind::MemorySegEDI | OpKind::MemoryESEDI)) {
+    } else if i.op_kinds().any(|k| {
+        matches!(
+            k,
+            OpKind::MemorySegESI | OpKind::MemorySegEDI | OpKind::MemoryESEDI
+        )
+    }) {
         32
     } else {
         0

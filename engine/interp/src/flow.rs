@@ -102,7 +102,11 @@ pub fn loop_<const KIND: u8, T: Word, A: Word>(c: &mut Cpu, op: &Op) -> Exec {
         2 => n != 0 && !zf,
         _ => n == 0,
     };
-    let target = if taken { Some(relative::<T>(c, op)?) } else { None };
+    let target = if taken {
+        Some(relative::<T>(c, op)?)
+    } else {
+        None
+    };
     if KIND != 3 {
         c.set(gpr::RCX, A::cut(n));
     }

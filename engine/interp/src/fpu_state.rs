@@ -75,7 +75,11 @@ impl Cpu {
 
     fn check_vex(&mut self) -> Exec {
         const STATE: u64 = xcr0::SSE | xcr0::AVX;
-        if self.xcr0 & STATE != STATE || self.cr4 & cr4::OSXSAVE == 0 || self.real_mode() || self.v86() {
+        if self.xcr0 & STATE != STATE
+            || self.cr4 & cr4::OSXSAVE == 0
+            || self.real_mode()
+            || self.v86()
+        {
             return self.ud();
         }
         if self.cr0 & cr0::TS != 0 {
@@ -98,7 +102,11 @@ impl Cpu {
     /// Address of the operand, which must be a multiple of `align`.
     fn aligned(&mut self, op: &Op, len: usize, align: u64, access: Access) -> Exec<u64> {
         let linear = self.operand(op, len as u64, access)?;
-        if linear % align != 0 { self.gp0() } else { Ok(linear) }
+        if linear % align != 0 {
+            self.gp0()
+        } else {
+            Ok(linear)
+        }
     }
 
     /// EDX:EAX and XCR0.
@@ -219,7 +227,11 @@ fn fxrstor(c: &mut Cpu, op: &Op, wide: bool) -> Exec {
 fn xsave(c: &mut Cpu, op: &Op, wide: bool) -> Exec {
     c.check_xsave()?;
     let requested = c.requested();
-    let size = if requested & xcr0::AVX != 0 { AREA } else { AVX_OFFSET };
+    let size = if requested & xcr0::AVX != 0 {
+        AREA
+    } else {
+        AVX_OFFSET
+    };
     let linear = c.aligned(op, size, 64, Access::Write)?;
     let mut old = [0; 8];
     c.read_bytes(linear.wrapping_add(HEADER as u64), op.seg, &mut old)?;
@@ -248,13 +260,21 @@ fn xsave(c: &mut Cpu, op: &Op, wide: bool) -> Exec {
             c.write_bytes(at, op.seg, &register[16..])?;
         }
     }
-    c.write_bytes(linear.wrapping_add(HEADER as u64), op.seg, &bits.to_le_bytes())
+    c.write_bytes(
+        linear.wrapping_add(HEADER as u64),
+        op.seg,
+        &bits.to_le_bytes(),
+    )
 }
 
 fn xrstor(c: &mut Cpu, op: &Op, wide: bool) -> Exec {
     c.check_xsave()?;
     let requested = c.requested();
-    let size = if requested & xcr0::AVX != 0 { AREA } else { AVX_OFFSET };
+    let size = if requested & xcr0::AVX != 0 {
+        AREA
+    } else {
+        AVX_OFFSET
+    };
     let linear = c.aligned(op, size, 64, Access::Read)?;
     let mut area = [0; AREA];
     c.read_bytes(linear, op.seg, &mut area[..size])?;

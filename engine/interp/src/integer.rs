@@ -113,7 +113,11 @@ fn shift_m<O: Shift, T: Alu>(c: &mut Cpu, op: &Op, raw: u8) -> Exec {
     let n = count::<T>(raw);
     let old = c.flags;
     c.flags = c.modify::<T, u64>(op, false, |a| {
-        if n == 0 { (a, old) } else { O::apply(a, n, old) }
+        if n == 0 {
+            (a, old)
+        } else {
+            O::apply(a, n, old)
+        }
     })?;
     Ok(())
 }
@@ -171,13 +175,21 @@ fn source<const MEM: bool, T: Word>(c: &mut Cpu, op: &Op) -> Exec<T> {
 
 /// The register that holds the high half of RAX's products: AH or RDX.
 fn high<T: Word>() -> u8 {
-    if T::SIZE == 1 { gpr::RAX | HIGH_BYTE } else { gpr::RDX }
+    if T::SIZE == 1 {
+        gpr::RAX | HIGH_BYTE
+    } else {
+        gpr::RDX
+    }
 }
 
 pub fn mul<const SIGNED: bool, const MEM: bool, T: Alu>(c: &mut Cpu, op: &Op) -> Exec {
     let b: T = source::<MEM, T>(c, op)?;
     let a: T = c.get(gpr::RAX);
-    let (lo, hi, flags) = if SIGNED { T::imul(a, b, c.flags) } else { T::mul(a, b, c.flags) };
+    let (lo, hi, flags) = if SIGNED {
+        T::imul(a, b, c.flags)
+    } else {
+        T::mul(a, b, c.flags)
+    };
     c.flags = flags;
     c.set(gpr::RAX, lo);
     c.set(high::<T>(), hi);
@@ -187,7 +199,11 @@ pub fn mul<const SIGNED: bool, const MEM: bool, T: Alu>(c: &mut Cpu, op: &Op) ->
 pub fn div<const SIGNED: bool, const MEM: bool, T: Alu>(c: &mut Cpu, op: &Op) -> Exec {
     let by: T = source::<MEM, T>(c, op)?;
     let (hi, lo): (T, T) = (c.get(high::<T>()), c.get(gpr::RAX));
-    let result = if SIGNED { T::idiv(hi, lo, by) } else { T::div(hi, lo, by) };
+    let result = if SIGNED {
+        T::idiv(hi, lo, by)
+    } else {
+        T::div(hi, lo, by)
+    };
     let Some((quotient, remainder)) = result else {
         return c.raise(lodger_x86::Exception::DE);
     };
@@ -243,7 +259,10 @@ pub fn mov_mi<T: Word>(c: &mut Cpu, op: &Op) -> Exec {
 /// MOVZX, MOVSX, MOVSXD from `S` to `T`.
 pub fn extend<const SIGNED: bool, const MEM: bool, S: Word, T: Word>(c: &mut Cpu, op: &Op) -> Exec {
     let value: S = source::<MEM, S>(c, op)?;
-    c.set(op.dst, T::cut(if SIGNED { value.sext() } else { value.zext() }));
+    c.set(
+        op.dst,
+        T::cut(if SIGNED { value.sext() } else { value.zext() }),
+    );
     Ok(())
 }
 
@@ -359,7 +378,11 @@ fn bit_r<O: BitOp, T: Alu>(c: &mut Cpu, op: &Op, bit: u64) -> Exec {
 /// The bit offset is the immediate: within the operand.
 pub fn bit_mi<O: BitOp, T: Alu, const LOCK: bool>(c: &mut Cpu, op: &Op) -> Exec {
     let bit = op.imm as u32 & (T::BITS - 1);
-    let access = if O::WRITES { Access::Write } else { Access::Read };
+    let access = if O::WRITES {
+        Access::Write
+    } else {
+        Access::Read
+    };
     let linear = c.operand(op, T::SIZE, access)?;
     bit_m::<O, T>(c, op, linear, bit, LOCK)
 }
@@ -370,7 +393,11 @@ pub fn bit_mr<O: BitOp, T: Alu, const LOCK: bool>(c: &mut Cpu, op: &Op) -> Exec 
     let words = bit >> T::BITS.trailing_zeros();
     let offset = c.offset(op).wrapping_add((words * T::SIZE as i64) as u64);
     let offset = offset << op.address_shift >> op.address_shift;
-    let access = if O::WRITES { Access::Write } else { Access::Read };
+    let access = if O::WRITES {
+        Access::Write
+    } else {
+        Access::Read
+    };
     let linear = c.linear(op.seg, offset, T::SIZE, access)?;
     bit_m::<O, T>(c, op, linear, bit as u32 & (T::BITS - 1), LOCK)
 }
@@ -389,7 +416,11 @@ fn bit_m<O: BitOp, T: Alu>(c: &mut Cpu, op: &Op, linear: u64, bit: u32, lock: bo
 /// BSF, BSR: the destination keeps its value if the source is zero.
 pub fn bit_scan<const REVERSE: bool, const MEM: bool, T: Alu>(c: &mut Cpu, op: &Op) -> Exec {
     let value: T = source::<MEM, T>(c, op)?;
-    let (found, flags) = if REVERSE { T::bsr(value, c.flags) } else { T::bsf(value, c.flags) };
+    let (found, flags) = if REVERSE {
+        T::bsr(value, c.flags)
+    } else {
+        T::bsf(value, c.flags)
+    };
     c.flags = flags;
     if let Some(index) = found {
         c.set(op.dst, index);
@@ -491,4 +522,3 @@ pub fn xlat(c: &mut Cpu, op: &Op) -> Exec {
     c.set(gpr::RAX, value);
     Ok(())
 }
-

@@ -66,7 +66,9 @@ fn ascii_adjust(c: &mut Cpu, add: bool) -> Exec {
     };
     c.set(gpr::RAX, new & 0xff0f);
     let carry = if adjust { CF | AF } else { 0 };
-    c.flags = c.flags & !(CF | AF) | carry;
+    // The other flags are undefined by the manual; processors take them from AL.
+    let al = new as u8 & 0xf;
+    c.flags = u8::and(al, al, c.flags).1 & !(CF | AF) | carry;
     Ok(())
 }
 
@@ -103,9 +105,9 @@ fn aam(c: &mut Cpu, base: u8) -> Exec {
 
 fn aad(c: &mut Cpu, base: u8) -> Exec {
     let (al, ah): (u8, u8) = (c.get(gpr::RAX), c.get(AH));
-    let new = al.wrapping_add(ah.wrapping_mul(base));
+    let (new, flags) = u8::add(al, ah.wrapping_mul(base), c.flags);
     c.set(gpr::RAX, u16::from(new));
-    c.flags = u8::and(new, new, c.flags).1;
+    c.flags = flags;
     Ok(())
 }
 

@@ -245,6 +245,10 @@ impl Cpu {
 
     /// Faults unless `len` bytes at `linear` can be written; for instructions that write after they changed something.
     pub fn check_write(&mut self, linear: u64, len: u64, segment: u8) -> Exec {
+        if self.watch.any() {
+            self.watched(linear, len, Access::Write)
+                .or_else(|e| self.raise(e))?;
+        }
         let last = self.wrap(linear.wrapping_add(len - 1));
         self.place(linear, segment, Access::Write)?;
         if last & !(PAGE - 1) != linear & !(PAGE - 1) {

@@ -42,6 +42,9 @@ pub fn handler(native: &Native) -> Handler {
 
 fn run<const CLASS: u8, const MEMORY: u8>(c: &mut Cpu, op: &Op) -> Exec {
     let native = op.rare().native.as_ref().expect("chosen by `handler`");
+    if CLASS == OTHER && MEMORY == WRITE {
+        return run_x87_store(c, op, native);
+    }
     match CLASS {
         GPR => {}
         SSE => c.check_sse()?,
@@ -59,12 +62,14 @@ fn run<const CLASS: u8, const MEMORY: u8>(c: &mut Cpu, op: &Op) -> Exec {
         } else {
             Access::Write
         };
-        linear = c.operand(op, len, access)?;
-        if let Some(align) = native.align
-            && linear & u64::from(align - 1) != 0
-        {
-            return c.gp0();
+        if let Some(align) = native.align {
+            // Before the segment's limit.
+            let linear = c.offset(op).wrapping_add(c.bases[(op.seg & 7) as usize]);
+            if linear & u64::from(align - 1) != 0 {
+                return c.gp0();
+            }
         }
+        linear = c.operand(op, len, access)?;
         if MEMORY == READ {
             c.stage(linear, op.seg, len as usize)?;
         } else {
@@ -75,30 +80,44 @@ fn run<const CLASS: u8, const MEMORY: u8>(c: &mut Cpu, op: &Op) -> Exec {
         c.native.x87_ip = c.rip().wrapping_sub(u64::from(op.len));
         c.native.x87_dp = if MEMORY == NONE { 0 } else { c.offset(op) };
     }
-    let mut flags = c.flags as u32;
-    let gprs = c.regs.first_chunk_mut().expect("16 of 32");
-    // SAFETY: stubs are cleared only together with all blocks, and this op's block is being executed.
-    let outcome = unsafe { native.exec(&mut c.native, gprs, &mut flags) };
-    match outcome {
-        Outcome::Done => {}
-        Outcome::NotStored => return Ok(()),
-        Outcome::SimdException => {
-            let reported = c.cr4 & cr4::OSXMMEXCPT != 0;
-            return c.raise(if reported {
-                Exception::plain(Vector::SimdException)
-            } else {
-                Exception::UD
-            });
-        }
-        Outcome::X87Exception => return c.raise(Exception::plain(Vector::MathFault)),
-    }
-    if native.uses_flags {
-        c.set_status(u64::from(flags) & STATUS_FLAGS);
-    }
+    // What is not written is an x87 store.
+    c.run_native(native)?;
     if MEMORY == WRITE {
         c.unstage(linear, op.seg, len as usize)?;
     }
     Ok(())
+}
+
+/// A store that changes registers as well, such as FSTP. It is undone if memory cannot be written; but an exception of the FPU
+/// goes first, and then memory is not accessed at all.
+#[inline(never)]
+fn run_x87_store(c: &mut Cpu, op: &Op, native: &Native) -> Exec {
+    c.check_class(native.class, native.vex, op)?;
+    if native.waits_x87 && c.native.x87_exception_pending() {
+        return c.raise(Exception::plain(Vector::MathFault));
+    }
+    let len = native.mem.write() as u64;
+    let place = c.operand(op, len, Access::Write);
+    let place = place.and_then(|linear| c.prepare_write(linear, op.seg, len).map(|()| linear));
+    let certain = place.is_ok_and(|linear| c.is_writable_at_once(linear, len));
+    let before = (!certain).then(|| c.native.clone());
+    c.native.x87_ip = c.rip().wrapping_sub(u64::from(op.len));
+    c.native.x87_dp = c.offset(op);
+    let stored = match c.run_native(native)? {
+        Stored::No => return Ok(()),
+        Stored::Yes => place.and_then(|linear| c.unstage(linear, op.seg, len as usize)),
+    };
+    if let (Err(_), Some(before)) = (stored, before) {
+        c.native = before;
+    }
+    stored
+}
+
+/// Whether a memory operand is to be written.
+#[derive(PartialEq, Eq)]
+enum Stored {
+    Yes,
+    No,
 }
 
 /// Gathers and masked moves.
@@ -114,13 +133,17 @@ pub fn run_masked(c: &mut Cpu, op: &Op) -> Exec {
     } else {
         0
     };
-    masked.exec(&mut Elements {
+    let mut elements = Elements {
         segment: masked.segment.number() as u8,
         gather: masked.is_gather(),
         moved,
         mask: u64::MAX >> op.address_shift,
+        writes: [(0, [0; 8], 0); 16],
+        count: 0,
         c,
-    })
+    };
+    masked.exec(&mut elements)?;
+    elements.write_all()
 }
 
 /// The guest as a masked instruction sees it.
@@ -132,12 +155,22 @@ struct Elements<'a> {
     moved: u64,
     /// Ones in the bits that an offset has.
     mask: u64,
+    /// Linear address, bytes and their number of what is to be written when all of it has been found writable.
+    writes: [(u64, [u8; 8], usize); 16],
+    count: usize,
 }
 
 impl Elements<'_> {
     fn linear(&mut self, offset: u64, len: usize, access: Access) -> Exec<u64> {
         let offset = offset.wrapping_add(self.moved) & self.mask;
         self.c.linear(self.segment, offset, len as u64, access)
+    }
+
+    fn write_all(self) -> Exec {
+        for (linear, bytes, len) in &self.writes[..self.count] {
+            self.c.write_bytes(*linear, self.segment, &bytes[..*len])?;
+        }
+        Ok(())
     }
 }
 
@@ -164,7 +197,13 @@ impl Guest for Elements<'_> {
 
     fn write(&mut self, address: u64, bytes: &[u8]) -> Exec {
         let linear = self.linear(address, bytes.len(), Access::Write)?;
-        self.c.write_bytes(linear, self.segment, bytes)
+        self.c
+            .check_write(linear, bytes.len() as u64, self.segment)?;
+        let (to, value, len) = &mut self.writes[self.count];
+        (*to, *len) = (linear, bytes.len());
+        value[..bytes.len()].copy_from_slice(bytes);
+        self.count += 1;
+        Ok(())
     }
 }
 
@@ -215,12 +254,45 @@ impl Cpu {
         }
     }
 
+    /// Executes the instruction between the staging area and the registers.
+    #[inline(always)]
+    fn run_native(&mut self, native: &Native) -> Exec<Stored> {
+        let mut flags = self.flags as u32;
+        let gprs = self.regs.first_chunk_mut().expect("16 of 32");
+        // SAFETY: stubs are cleared only together with all blocks, and this instruction's block is being executed.
+        let outcome = unsafe { native.exec(&mut self.native, gprs, &mut flags) };
+        match outcome {
+            Outcome::Done => {}
+            Outcome::NotStored => return Ok(Stored::No),
+            Outcome::SimdException => {
+                let reported = self.cr4 & cr4::OSXMMEXCPT != 0;
+                return self.raise(if reported {
+                    Exception::plain(Vector::SimdException)
+                } else {
+                    Exception::UD
+                });
+            }
+            Outcome::X87Exception => return self.raise(Exception::plain(Vector::MathFault)),
+        }
+        if native.uses_flags {
+            self.set_status(u64::from(flags) & STATUS_FLAGS);
+        }
+        Ok(Stored::Yes)
+    }
+
+    /// A TLB entry permits a write of the whole operand.
+    #[inline(always)]
+    fn is_writable_at_once(&self, linear: u64, len: u64) -> bool {
+        let entry = self.tlb.entry(self.mmu, linear);
+        entry.write == linear & !0xfff && linear & 0xfff <= 0x1000 - len
+    }
+
     /// Reads a memory operand into the staging area.
     #[inline(always)]
     fn stage(&mut self, linear: u64, segment: u8, len: usize) -> Exec {
         let entry = self.tlb.entry(self.mmu, linear);
         let inside = linear & 0xfff <= 0x1000 - len as u64;
-        if entry.read == linear & !0xfff && inside && len >= 8 && len % 8 == 0 {
+        if entry.read == linear & !0xfff && inside && len >= 8 && len.is_multiple_of(8) {
             let host = linear.wrapping_add(entry.addend) as *const u8;
             for at in (0..len).step_by(8) {
                 // SAFETY: the operand lies within the page that the TLB entry covers.
@@ -238,8 +310,7 @@ impl Cpu {
     /// Faults unless the operand can be written.
     #[inline(always)]
     fn prepare_write(&mut self, linear: u64, segment: u8, len: u64) -> Exec {
-        let entry = self.tlb.entry(self.mmu, linear);
-        if entry.write == linear & !0xfff && linear & 0xfff <= 0x1000 - len {
+        if self.is_writable_at_once(linear, len) {
             return Ok(());
         }
         self.check_write(linear, len, segment)
@@ -250,7 +321,7 @@ impl Cpu {
     fn unstage(&mut self, linear: u64, segment: u8, len: usize) -> Exec {
         let entry = self.tlb.entry(self.mmu, linear);
         let inside = linear & 0xfff <= 0x1000 - len as u64;
-        if entry.write == linear & !0xfff && inside && len >= 8 && len % 8 == 0 {
+        if entry.write == linear & !0xfff && inside && len >= 8 && len.is_multiple_of(8) {
             let host = linear.wrapping_add(entry.addend) as *mut u8;
             for at in (0..len).step_by(8) {
                 let word = self.native.staging[at..at + 8].try_into().expect("8 bytes");

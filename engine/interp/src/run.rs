@@ -440,7 +440,7 @@ impl Cpu {
         self.set_lapic(state.lapic.clone());
         let paging = self.paging();
         if paging.is_pae32()
-            && let Ok(pdptes) = paging.load_pdptes(&self.vm.ram)
+            && let Some(pdptes) = paging.load_pdptes(&self.vm.ram)
         {
             self.pdptes = pdptes;
         }

@@ -29,6 +29,8 @@ const BUDGET: u64 = 1 << 14;
 pub trait StringOp {
     /// Stops a repetition by ZF.
     const COMPARES: bool = false;
+    /// Registers that a repetition with 32-bit addresses zero-extends from the beginning, on processors.
+    const EXTENDED: &[u8] = &[gpr::RCX];
     /// One iteration, RSI and RDI moved on.
     fn step<T: Alu>(c: &mut Cpu, op: &Op) -> Exec;
     /// Does up to `count` iterations at once if that is possible; how many.
@@ -54,7 +56,11 @@ fn set_sized(c: &mut Cpu, op: &Op, reg: u8, value: u64) {
 #[inline(always)]
 fn advance<T: Word>(c: &mut Cpu, op: &Op, reg: u8) {
     let old = c.regs[reg as usize];
-    let new = if c.flag(RFlags::DF) { old.wrapping_sub(T::SIZE) } else { old.wrapping_add(T::SIZE) };
+    let new = if c.flag(RFlags::DF) {
+        old.wrapping_sub(T::SIZE)
+    } else {
+        old.wrapping_add(T::SIZE)
+    };
     set_sized(c, op, reg, new);
 }
 
@@ -99,15 +105,31 @@ pub fn string<K: StringOp, T: Alu>(c: &mut Cpu, op: &Op) -> Exec {
         return K::step::<T>(c, op);
     }
     let mut budget = BUDGET;
+    let flags = c.flags;
+    if op.address_shift == 32 {
+        for &register in K::EXTENDED {
+            set_sized(c, op, register, c.regs[register as usize]);
+        }
+    }
     loop {
         let count = c.regs[gpr::RCX as usize] & mask(op);
         if count == 0 {
             return Ok(());
         }
         let single = c.flag(RFlags::TF) || c.io.is_active() || c.watch.any();
-        let bulk = if single { 0 } else { K::bulk::<T>(c, op, count) };
+        let bulk = if single {
+            0
+        } else {
+            K::bulk::<T>(c, op, count)
+        };
         let done = if bulk == 0 {
-            K::step::<T>(c, op)?;
+            if let Err(stop) = K::step::<T>(c, op) {
+                if K::COMPARES && stop == Stop::Fault {
+                    // As if no iteration had been done (SDM vol. 2, REP).
+                    c.flags = flags;
+                }
+                return Err(stop);
+            }
             c.io.clear();
             1
         } else {
@@ -126,6 +148,7 @@ pub fn string<K: StringOp, T: Alu>(c: &mut Cpu, op: &Op) -> Exec {
 
 pub struct Movs;
 impl StringOp for Movs {
+    const EXTENDED: &[u8] = &[gpr::RCX, gpr::RSI, gpr::RDI];
     #[inline(always)]
     fn step<T: Alu>(c: &mut Cpu, op: &Op) -> Exec {
         let value: T = source(c, op)?;
@@ -170,6 +193,7 @@ impl StringOp for Movs {
 
 pub struct Stos;
 impl StringOp for Stos {
+    const EXTENDED: &[u8] = &[gpr::RCX, gpr::RDI];
     #[inline(always)]
     fn step<T: Alu>(c: &mut Cpu, op: &Op) -> Exec {
         let to = destination::<T>(c, op, Access::Write)?;
@@ -200,7 +224,12 @@ impl StringOp for Stos {
             4 => rep_stos!("rep stosd"),
             _ => rep_stos!("rep stosq"),
         }
-        set_sized(c, op, gpr::RDI, c.regs[gpr::RDI as usize].wrapping_add(n * T::SIZE));
+        set_sized(
+            c,
+            op,
+            gpr::RDI,
+            c.regs[gpr::RDI as usize].wrapping_add(n * T::SIZE),
+        );
         n
     }
 }
@@ -231,9 +260,10 @@ pub struct Cmps;
 impl StringOp for Cmps {
     const COMPARES: bool = true;
     fn step<T: Alu>(c: &mut Cpu, op: &Op) -> Exec {
-        let a: T = source(c, op)?;
+        // In the order of processors, which shows when both fault.
         let at = destination::<T>(c, op, Access::Read)?;
         let b: T = c.read(at, seg::ES)?;
+        let a: T = source(c, op)?;
         c.flags = T::sub(a, b, c.flags).1;
         advance::<T>(c, op, gpr::RSI);
         advance::<T>(c, op, gpr::RDI);

@@ -242,8 +242,8 @@ impl Cpu {
             paging.cr3 = cr3;
             if paging.is_pae32() {
                 match paging.load_pdptes(&self.vm.ram) {
-                    Ok(pdptes) => paging.pdptes = pdptes,
-                    Err(()) => return self.raise(bad),
+                    Some(pdptes) => paging.pdptes = pdptes,
+                    None => return self.raise(bad),
                 }
             }
         }

@@ -49,6 +49,13 @@ impl Engine for InterpEngine {
     }
 
     fn probe(&self) -> Result<Capabilities, EngineError> {
+        let host = crate::host_features();
+        if !(host.sse42 && host.popcnt) {
+            return Err(EngineError::Unusable {
+                engine: self.name(),
+                why: "this host's processor lacks SSE4.2 or POPCNT; x86-64-v2 is needed (processors since about 2009)".into(),
+            });
+        }
         Ok(Capabilities {
             exact_ticks: true,
             dirty_log: true,

@@ -110,22 +110,46 @@ macro_rules! word {
     };
 }
 
-word!(u8, i8, reg_byte, "", "al",
+word!(
+    u8,
+    i8,
+    reg_byte,
+    "",
+    "al",
     |regs, reg| (regs[reg as usize & 31] >> ((reg & HIGH_BYTE) >> 2)) as u8,
     |regs, reg, value| {
         let shift = (reg & HIGH_BYTE) >> 2;
         let r = &mut regs[(reg & 31) as usize];
         *r = *r & !(0xff << shift) | (value as u64) << shift;
-    });
-word!(u16, i16, reg, ":x", "ax",
+    }
+);
+word!(
+    u16,
+    i16,
+    reg,
+    ":x",
+    "ax",
     |regs, reg| regs[reg as usize & 31] as u16,
     |regs, reg, value| {
         let r = &mut regs[(reg & 31) as usize];
         *r = *r & !0xffff | value as u64;
-    });
-word!(u32, i32, reg, ":e", "eax",
+    }
+);
+word!(
+    u32,
+    i32,
+    reg,
+    ":e",
+    "eax",
     |regs, reg| regs[reg as usize & 31] as u32,
-    |regs, reg, value| regs[(reg & 31) as usize] = value as u64);
-word!(u64, i64, reg, ":r", "rax",
+    |regs, reg, value| regs[(reg & 31) as usize] = value as u64
+);
+word!(
+    u64,
+    i64,
+    reg,
+    ":r",
+    "rax",
     |regs, reg| regs[reg as usize & 31],
-    |regs, reg, value| regs[(reg & 31) as usize] = value);
+    |regs, reg, value| regs[(reg & 31) as usize] = value
+);

@@ -108,18 +108,18 @@ impl Paging {
         nx | high
     }
 
-    /// Loads the PDPTEs of 32-bit PAE paging; `Err` is #GP(0): a reserved bit is set.
-    pub fn load_pdptes(&self, memory: &dyn PhysicalMemory) -> Result<[u64; 4], ()> {
+    /// Loads the PDPTEs of 32-bit PAE paging; `None` is #GP(0): a reserved bit is set.
+    pub fn load_pdptes(&self, memory: &dyn PhysicalMemory) -> Option<[u64; 4]> {
         let mut pdptes = [0; 4];
         for (i, entry) in pdptes.iter_mut().enumerate() {
             let address = (self.cr3 & 0xffff_ffe0) + 8 * i as u64;
             *entry = memory.read_u64(address).unwrap_or(0);
             let reserved = 0x1e6 | NX | 0x7ff0_0000_0000_0000 | self.reserved();
             if *entry & P != 0 && *entry & reserved != 0 {
-                return Err(());
+                return None;
             }
         }
-        Ok(pdptes)
+        Some(pdptes)
     }
 
     /// Walks for `access` at `linear`, setting accessed and dirty bits. `Err` is the error code of a page fault.
