@@ -82,6 +82,7 @@ impl VmController {
                 Request::Reset => {
                     tracing::info!("the guest resets the machine");
                     self.load(self.machine.power_on()?.vcpus)?;
+                    self.handle.reset_done();
                 }
                 Request::End(end) => return self.outcome(end),
             }

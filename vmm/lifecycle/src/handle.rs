@@ -1,7 +1,7 @@
 //! The door to a running VM: the request queue with its lock, and what brings the vCPUs to a halt.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use lodger_device_model::{MachineControl, MachineRequest};
 use lodger_vcpu::Kick;
@@ -57,9 +57,15 @@ impl VmHandle {
         self.submit(Request::Resume)
     }
 
+    fn queue(&self) -> MutexGuard<'_, RequestQueue> {
+        // Every change leaves the queue whole, so a panic elsewhere does not matter.
+        let queue = self.shared.queue.lock();
+        queue.unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(crate) fn submit(&self, request: Request) -> bool {
         let shared = &*self.shared;
-        let mut queue = shared.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut queue = self.queue();
         let accepted = queue.submit(request);
         if accepted {
             shared.halt.store(true, Ordering::SeqCst);
@@ -88,23 +94,26 @@ impl VmHandle {
 
     /// Waits for a request. The vCPUs are leaving their loops then.
     pub(crate) fn next(&self) -> Request {
-        let shared = &*self.shared;
-        let mut queue = shared.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut queue = self.queue();
         loop {
             if let Some(request) = queue.take() {
                 return request;
             }
-            let waited = shared.changed.wait(queue);
+            let waited = self.shared.changed.wait(queue);
             queue = waited.unwrap_or_else(PoisonError::into_inner);
         }
     }
 
+    /// The vCPUs stand still after a reset, and their old requests do not count any more.
+    pub(crate) fn reset_done(&self) {
+        self.queue().reset_done();
+    }
+
     /// The vCPUs may run; false: another request has come, which is to be taken first.
     pub(crate) fn clear_halt(&self) -> bool {
-        let shared = &*self.shared;
-        let queue = shared.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let queue = self.queue();
         let clear = queue.is_empty();
-        shared.halt.store(!clear, Ordering::SeqCst);
+        self.shared.halt.store(!clear, Ordering::SeqCst);
         clear
     }
 }

@@ -1,7 +1,7 @@
 //! What is asked of a VM, and what is allowed when. See the state machine in the crate's documentation.
 //!
-//! No threads and no locks. At most one request waits, because each needs the vCPUs to stand still; an end replaces what
-//! waits. The first end counts.
+//! No threads and no locks. The vCPUs run on for a moment after a request has been let in, so the guest may ask for more:
+//! the first end counts, and what it asks for between a reset's request and the reset does not count.
 
 use lodger_device_model::MachineRequest;
 
@@ -39,18 +39,34 @@ impl From<MachineRequest> for Request {
     }
 }
 
+impl Request {
+    /// Whether it comes from the guest, rather than from the user or the host.
+    fn is_guests(&self) -> bool {
+        match self {
+            Request::Pause | Request::Resume => false,
+            Request::Reset => true,
+            Request::End(end) => !matches!(end, End::Stopped | End::Failed(_)),
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Running,
     Paused,
+    /// The reset is being carried out.
+    Resetting,
     Ended,
 }
 
-/// The state and the request that waits.
+/// The state and the requests that wait: at most one of each kind.
 #[derive(Debug)]
 pub(crate) struct RequestQueue {
     state: State,
-    waiting: Option<Request>,
+    end: Option<End>,
+    reset: bool,
+    /// A pause if running, a resumption if paused.
+    toggle: bool,
     /// A reset ends the VM.
     no_reboot: bool,
 }
@@ -59,46 +75,68 @@ impl RequestQueue {
     pub(crate) fn new(no_reboot: bool) -> RequestQueue {
         RequestQueue {
             state: State::Running,
-            waiting: None,
+            end: None,
+            reset: false,
+            toggle: false,
             no_reboot,
         }
     }
 
     /// Lets a request in, or not.
     pub(crate) fn submit(&mut self, request: Request) -> bool {
-        let request = match request {
-            Request::Reset if self.no_reboot => Request::End(End::Reset),
-            other => other,
-        };
-        let allowed = match (&request, &self.waiting, self.state) {
-            (_, Some(Request::End(_)), _) | (_, _, State::Ended) => false,
-            // What vCPUs do between a reset's request and the reset does not count.
-            (Request::End(End::Crashed(_)), Some(Request::Reset), _) => false,
-            (Request::End(_), ..) => true,
-            (_, Some(_), _) => false,
-            (Request::Pause | Request::Reset, None, state) => state == State::Running,
-            (Request::Resume, None, state) => state == State::Paused,
-        };
-        if allowed {
-            self.waiting = Some(request);
+        let resetting = self.reset || self.state == State::Resetting;
+        if self.state == State::Ended || self.end.is_some() || resetting && request.is_guests() {
+            return false;
         }
-        allowed
+        let paused = self.state == State::Paused;
+        match request {
+            Request::Pause if paused || self.toggle => return false,
+            Request::Resume if !paused || self.toggle => return false,
+            Request::Pause | Request::Resume => self.toggle = true,
+            Request::Reset if self.no_reboot => self.end = Some(End::Reset),
+            Request::Reset => self.reset = true,
+            Request::End(end) => self.end = Some(end),
+        }
+        true
     }
 
-    /// Whether no request waits.
+    /// Whether there is nothing to take.
     pub(crate) fn is_empty(&self) -> bool {
-        self.waiting.is_none()
+        let reset = self.reset && self.state == State::Running;
+        self.end.is_none() && !self.toggle && !reset
     }
 
-    /// Takes the request that waits, to be carried out now.
+    /// Takes a request, to be carried out now. The vCPUs may still be running for a moment. A reset waits until a pause is
+    /// over, and is over with [`RequestQueue::reset_done`].
     pub(crate) fn take(&mut self) -> Option<Request> {
-        let request = self.waiting.take()?;
-        self.state = match &request {
-            Request::Pause => State::Paused,
-            Request::Resume | Request::Reset => State::Running,
-            Request::End(_) => State::Ended,
-        };
-        Some(request)
+        assert_ne!(self.state, State::Resetting, "a reset is not over");
+        if let Some(end) = self.end.take() {
+            self.state = State::Ended;
+            return Some(Request::End(end));
+        }
+        if self.reset && self.state == State::Running {
+            (self.reset, self.state) = (false, State::Resetting);
+            return Some(Request::Reset);
+        }
+        if !std::mem::take(&mut self.toggle) {
+            return None;
+        }
+        Some(match self.state {
+            State::Paused => {
+                self.state = State::Running;
+                Request::Resume
+            }
+            _ => {
+                self.state = State::Paused;
+                Request::Pause
+            }
+        })
+    }
+
+    /// The reset has been carried out: from now on the guest is a new one.
+    pub(crate) fn reset_done(&mut self) {
+        assert_eq!(self.state, State::Resetting);
+        self.state = State::Running;
     }
 }
 
@@ -133,30 +171,42 @@ mod tests {
 
     #[test]
     fn requests_are_taken_as_the_state_allows() {
-        // `+x` is let in, `-x` is refused, `=x` is taken.
+        // `+x` is let in, `-x` is refused, `=x` is taken, `!` ends a reset.
         let scripts = [
-            "=nothing +reset =reset =nothing +reset =reset",
-            "+reset -reset -pause -crash =reset +crash =crash",
-            "+reset +off -crash -stop =off -off -stop -reset -pause =nothing",
-            "+crash -reset -off =crash",
-            "-resume +pause -pause =pause -pause -reset +resume -resume =resume -resume +pause",
+            "=nothing +reset =reset ! =nothing +reset =reset !",
+            "+reset -reset -crash -off =reset -reset -crash -off ! =nothing +crash =crash",
+            "+reset +stop -crash -stop =stop -off -stop -reset -pause =nothing",
+            "+reset =reset +stop ! =stop",
+            "+crash -reset -off -stop =crash",
+            "-resume +pause -pause =pause -pause +resume -resume =resume -resume +pause",
             "+pause =pause +stop =stop -resume",
             "+pause +crash =crash",
+            "+pause =pause +off =off",
+            "+pause +reset =reset ! =pause",
+            "+pause =pause +reset -crash =nothing +resume =resume =reset ! =nothing",
+            "+reset =reset +pause ! =pause",
             "+stop -off =stop",
         ];
         for script in scripts {
-            let mut queue = RequestQueue::new(false);
-            run(&mut queue, script);
+            run(&mut RequestQueue::new(false), script);
         }
-        let mut queue = RequestQueue::new(true);
-        run(&mut queue, "+reset -reset -off =end-reset -reset");
+        run(
+            &mut RequestQueue::new(true),
+            "+reset -reset -off =end-reset -reset",
+        );
     }
 
     fn run(queue: &mut RequestQueue, script: &str) {
         for step in script.split(' ') {
             let (sign, what) = step.split_at(1);
             match sign {
-                "=" => assert_eq!(name(queue.take()), what, "{script}: {step}"),
+                "=" => {
+                    let empty = queue.is_empty();
+                    let taken = name(queue.take());
+                    assert_eq!(taken, what, "{script}: {step}");
+                    assert_eq!(empty, what == "nothing", "{script}: {step}");
+                }
+                "!" => queue.reset_done(),
                 _ => assert_eq!(queue.submit(request(what)), sign == "+", "{script}: {step}"),
             }
         }
