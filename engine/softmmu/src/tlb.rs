@@ -28,9 +28,12 @@ pub struct TlbEntry {
     pub write: u64,
     /// Host address of a byte = its linear address + this (wrapping).
     pub addend: u64,
-    /// Guest-physical address of the page; bit 0: global.
+    /// Guest-physical address of the page; bit 0: global, bit 1: the entry is in `filled`.
     page: u64,
 }
+
+const GLOBAL: u64 = 1;
+const LISTED: u64 = 2;
 
 const EMPTY: TlbEntry = TlbEntry {
     read: INVALID,
@@ -45,6 +48,8 @@ const ENTRIES: usize = 1024;
 /// The data TLB of one vCPU.
 pub struct Tlb {
     tables: [Box<[TlbEntry; ENTRIES]>; 3],
+    /// Which entries were filled since they were last all flushed, so that a flush need not look at the others.
+    filled: Vec<(MmuIndex, u16)>,
     /// A mapping larger than 4 KiB was entered: INVLPG must look at everything.
     large: bool,
 }
@@ -60,6 +65,7 @@ impl Tlb {
     pub fn new() -> Tlb {
         Tlb {
             tables: std::array::from_fn(|_| Box::new([EMPTY; ENTRIES])),
+            filled: Vec::new(),
             large: false,
         }
     }
@@ -85,24 +91,38 @@ impl Tlb {
     ) {
         let linear = linear & !0xfff;
         self.large |= large;
-        self.tables[index as usize][(linear >> 12) as usize % ENTRIES] = TlbEntry {
+        let slot = (linear >> 12) as usize % ENTRIES;
+        let entry = &mut self.tables[index as usize][slot];
+        if entry.page & LISTED == 0 {
+            self.filled.push((index, slot as u16));
+        }
+        *entry = TlbEntry {
             read: linear,
             write: if write { linear } else { INVALID },
             addend: (host as u64).wrapping_sub(linear),
-            page: page | u64::from(global),
+            page: page | LISTED | if global { GLOBAL } else { 0 },
         };
     }
 
     /// Drops everything.
     pub fn flush(&mut self) {
-        self.tables.iter_mut().for_each(|t| t.fill(EMPTY));
+        for (index, slot) in self.filled.drain(..) {
+            self.tables[index as usize][slot as usize] = EMPTY;
+        }
         self.large = false;
     }
 
     /// Drops everything but global pages (a CR3 load).
     pub fn flush_local(&mut self) {
-        let entries = self.tables.iter_mut().flat_map(|t| t.iter_mut());
-        entries.filter(|e| e.page & 1 == 0).for_each(|e| *e = EMPTY);
+        let tables = &mut self.tables;
+        self.filled.retain(|&(index, slot)| {
+            let entry = &mut tables[index as usize][slot as usize];
+            let stays = entry.page & GLOBAL != 0 && entry.read != INVALID;
+            if !stays {
+                *entry = EMPTY;
+            }
+            stays
+        });
     }
 
     /// Drops the translation of the page at `linear` (INVLPG), also if it is part of a large page.
@@ -114,7 +134,7 @@ impl Tlb {
         for table in &mut self.tables {
             let entry = &mut table[(linear >> 12) as usize % ENTRIES];
             if entry.read == linear {
-                *entry = EMPTY;
+                (entry.read, entry.write) = (INVALID, INVALID);
             }
         }
     }
@@ -123,7 +143,7 @@ impl Tlb {
     pub fn protect(&mut self, page: u64) {
         let entries = self.tables.iter_mut().flat_map(|t| t.iter_mut());
         entries
-            .filter(|e| e.page & !1 == page)
+            .filter(|e| e.page & !(GLOBAL | LISTED) == page)
             .for_each(|e| e.write = INVALID);
     }
 }
