@@ -353,7 +353,7 @@ impl Cpu {
                 translation.page,
                 write,
                 translation.global,
-                translation.size > PAGE && self.paging().enabled(),
+                translation.size,
             );
         }
         // SAFETY: the offset stays within the page.

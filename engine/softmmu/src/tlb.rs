@@ -50,8 +50,9 @@ pub struct Tlb {
     tables: [Box<[TlbEntry; ENTRIES]>; 3],
     /// Which entries were filled since they were last all flushed, so that a flush need not look at the others.
     filled: Vec<(MmuIndex, u16)>,
-    /// A mapping larger than 4 KiB was entered: INVLPG must look at everything.
-    large: bool,
+    /// The smallest aligned range that holds all entered mappings larger than 4 KiB, as address and mask: INVLPG within it
+    /// drops everything.
+    large: Option<(u64, u64)>,
 }
 
 impl Default for Tlb {
@@ -66,7 +67,7 @@ impl Tlb {
         Tlb {
             tables: std::array::from_fn(|_| Box::new([EMPTY; ENTRIES])),
             filled: Vec::new(),
-            large: false,
+            large: None,
         }
     }
 
@@ -77,7 +78,7 @@ impl Tlb {
     }
 
     /// Enters a translation of the page at `linear` to RAM at `host`, guest-physical `page`. `write`: it may also be
-    /// written through the entry.
+    /// written through the entry. `size`: bytes of the whole mapping that the page is part of.
     #[allow(clippy::too_many_arguments)]
     pub fn fill(
         &mut self,
@@ -87,10 +88,12 @@ impl Tlb {
         page: u64,
         write: bool,
         global: bool,
-        large: bool,
+        size: u64,
     ) {
         let linear = linear & !0xfff;
-        self.large |= large;
+        if size > 4096 {
+            self.note_large(linear, size);
+        }
         let slot = (linear >> 12) as usize % ENTRIES;
         let entry = &mut self.tables[index as usize][slot];
         if entry.page & LISTED == 0 {
@@ -104,12 +107,28 @@ impl Tlb {
         };
     }
 
+    fn note_large(&mut self, linear: u64, size: u64) {
+        // A size of 2^64 - 1 stands for "no paging".
+        let mut mask = if size.is_power_of_two() {
+            !(size - 1)
+        } else {
+            0
+        };
+        if let Some((base, old)) = self.large {
+            mask &= old;
+            while (base ^ linear) & mask != 0 {
+                mask <<= 1;
+            }
+        }
+        self.large = Some((linear & mask, mask));
+    }
+
     /// Drops everything.
     pub fn flush(&mut self) {
         for (index, slot) in self.filled.drain(..) {
             self.tables[index as usize][slot as usize] = EMPTY;
         }
-        self.large = false;
+        self.large = None;
     }
 
     /// Drops everything but global pages (a CR3 load).
@@ -127,7 +146,7 @@ impl Tlb {
 
     /// Drops the translation of the page at `linear` (INVLPG), also if it is part of a large page.
     pub fn flush_page(&mut self, linear: u64) {
-        if self.large {
+        if self.large.is_some_and(|(base, mask)| linear & mask == base) {
             return self.flush();
         }
         let linear = linear & !0xfff;
@@ -164,8 +183,8 @@ mod tests {
         let host = ram.as_mut_ptr();
         let mut tlb = Tlb::new();
         let (global, local) = (0xffff_8000_0000_1000, 0x40_2000);
-        tlb.fill(Kernel, global, host, 0x5000, true, true, false);
-        tlb.fill(User, local, host, 0x6000, true, false, false);
+        tlb.fill(Kernel, global, host, 0x5000, true, true, 4096);
+        tlb.fill(User, local, host, 0x6000, true, false, 4096);
         assert_eq!(hit(&tlb, Kernel, global), (true, true));
         assert_eq!(
             hit(&tlb, User, global),
@@ -180,7 +199,10 @@ mod tests {
         assert_eq!(hit(&tlb, Kernel, global), (true, true));
         tlb.flush_page(global + 0xfff);
         assert_eq!(hit(&tlb, Kernel, global), (false, false));
-        tlb.fill(Kernel, global, host, 0x5000, true, true, true);
+        tlb.fill(User, local, host, 0x6000, true, false, 4096);
+        tlb.fill(Kernel, global, host, 0x5000, true, true, 1 << 21);
+        tlb.flush_page(local + 0x20_0000);
+        assert_eq!(hit(&tlb, Kernel, global), (true, true), "far away");
         tlb.flush_page(global + 0x10_0000);
         assert_eq!(
             hit(&tlb, Kernel, global),
