@@ -122,15 +122,14 @@ fn push_all<T: Word>(c: &mut Cpu) -> Exec {
     Ok(())
 }
 
+/// Registers change one by one; only the stack pointer waits for the last access.
 fn pop_all<T: Word>(c: &mut Cpu) -> Exec {
     let sp = c.sp();
-    let mut values = [T::cut(0); 8];
-    for (n, value) in values.iter_mut().enumerate() {
-        *value = c.stack_read(sp.wrapping_add(n as u64 * T::SIZE))?;
-    }
-    for (n, value) in values.iter().rev().enumerate() {
-        if n as u8 != gpr::RSP {
-            c.set(n as u8, *value);
+    for n in 0..8 {
+        let value: T = c.stack_read(sp.wrapping_add(u64::from(n) * T::SIZE))?;
+        let register = gpr::RDI - n;
+        if register != gpr::RSP {
+            c.set(register, value);
         }
     }
     c.set_sp(sp.wrapping_add(8 * T::SIZE));
@@ -139,9 +138,10 @@ fn pop_all<T: Word>(c: &mut Cpu) -> Exec {
 
 fn enter<T: Word>(c: &mut Cpu, size: u16, level: u8) -> Exec {
     let step = T::SIZE;
-    let mut sp = c.sp().wrapping_sub(step);
+    // With the bits above a 16-bit stack pointer too.
+    let frame = c.regs[gpr::RSP as usize].wrapping_sub(step);
+    let mut sp = frame;
     c.stack_write::<T>(sp, c.get(gpr::RBP))?;
-    let frame = sp;
     let outer = c.regs[gpr::RBP as usize];
     for n in 1..u64::from(level) {
         let value: T = c.stack_read(outer.wrapping_sub(n * step))?;
@@ -155,21 +155,24 @@ fn enter<T: Word>(c: &mut Cpu, size: u16, level: u8) -> Exec {
     sp = sp.wrapping_sub(u64::from(size));
     // The new top of the stack must be writable.
     let top = c.linear(seg::SS, sp & c.stack_mask, step, Access::Write)?;
-    c.check_write(top, 1, seg::SS)?;
-    c.set(gpr::RBP, T::cut(frame & c.stack_mask));
+    c.check_write(top, step, seg::SS)?;
+    c.set(gpr::RBP, T::cut(frame));
     c.set_sp(sp);
     Ok(())
 }
 
 fn bound<T: Word>(c: &mut Cpu, op: &Op) -> Exec {
-    let linear = c.operand(op, 2 * T::SIZE, Access::Read)?;
-    let low: T = c.read(linear, op.seg)?;
-    let high: T = c.read(linear.wrapping_add(T::SIZE), op.seg)?;
     let index = c.get::<T>(op.dst).sext() as i64;
-    if index < low.sext() as i64 || index > high.sext() as i64 {
-        return c.raise(Exception::plain(Vector::BoundRange));
+    let low: T = c.load(op)?;
+    if index >= low.sext() as i64 {
+        let offset = c.offset(op).wrapping_add(T::SIZE) << op.address_shift >> op.address_shift;
+        let linear = c.linear(op.seg, offset, T::SIZE, Access::Read)?;
+        let high: T = c.read(linear, op.seg)?;
+        if index <= high.sext() as i64 {
+            return Ok(());
+        }
     }
-    Ok(())
+    c.raise(Exception::plain(Vector::BoundRange))
 }
 
 fn set_zero(c: &mut Cpu, equal: bool) {

@@ -209,6 +209,16 @@ impl Masked {
             index_element,
         } = gather;
         let indices = guest.state().ymm[index];
+        let state = guest.state();
+        for at in (0..count * element).step_by(element) {
+            let value = if selected(&state.ymm[mask], at, element) {
+                0xff
+            } else {
+                0
+            };
+            state.ymm[mask][at..at + element].fill(value);
+        }
+        state.ymm[mask][count * element..].fill(0);
         for number in 0..count {
             let at = number * element;
             if selected(&guest.state().ymm[mask], at, element) {
@@ -216,13 +226,13 @@ impl Masked {
                 let address = self.address.of(guest.gprs(), index);
                 let mut value = [0; 8];
                 guest.read(address, &mut value[..element])?;
-                guest.state().ymm[target][at..at + element].copy_from_slice(&value[..element]);
+                let target = &mut guest.state().ymm[target];
+                target[at..at + element].copy_from_slice(&value[..element]);
+                target[count * element..].fill(0);
             }
             guest.state().ymm[mask][at..at + element].fill(0);
         }
-        let state = guest.state();
-        state.ymm[target][count * element..].fill(0);
-        state.ymm[mask].fill(0);
+        guest.state().ymm[target][count * element..].fill(0);
         Ok(())
     }
 }

@@ -11,8 +11,9 @@ use std::sync::{Mutex, MutexGuard};
 
 use iced_x86::code_asm::*;
 use libc::{
-    REG_CR2, REG_CSGSFS, REG_EFL, REG_ERR, REG_R8, REG_R9, REG_R10, REG_R11, REG_R12, REG_R13, REG_R14,
-    REG_R15, REG_RAX, REG_RBP, REG_RBX, REG_RCX, REG_RDI, REG_RDX, REG_RIP, REG_RSI, REG_RSP, REG_TRAPNO,
+    REG_CR2, REG_CSGSFS, REG_EFL, REG_ERR, REG_R8, REG_R9, REG_R10, REG_R11, REG_R12, REG_R13,
+    REG_R14, REG_R15, REG_RAX, REG_RBP, REG_RBX, REG_RCX, REG_RDI, REG_RDX, REG_RIP, REG_RSI,
+    REG_RSP, REG_TRAPNO,
 };
 
 use crate::machine::{CODE, DATA, DATA_PAGES, End, Mode};
@@ -39,7 +40,14 @@ impl Registers {
         let mut fx = [0; 512];
         fx[..2].copy_from_slice(&0x37f_u16.to_le_bytes());
         fx[24..28].copy_from_slice(&0x1f80_u32.to_le_bytes());
-        Registers { ymm: [[0; 32]; 16], fx, gpr: [0; 16], rip: 0, rflags: 0x202, gs_base: 0 }
+        Registers {
+            ymm: [[0; 32]; 16],
+            fx,
+            gpr: [0; 16],
+            rip: 0,
+            rflags: 0x202,
+            gs_base: 0,
+        }
     }
 }
 
@@ -91,7 +99,11 @@ pub struct Host {
 
 /// A mapping of `len` bytes at exactly `address`, or anywhere below 2 GiB if that is 0.
 fn map(address: u64, len: usize, protection: i32) -> *mut u8 {
-    let fixed = if address == 0 { libc::MAP_32BIT } else { libc::MAP_FIXED_NOREPLACE };
+    let fixed = if address == 0 {
+        libc::MAP_32BIT
+    } else {
+        libc::MAP_FIXED_NOREPLACE
+    };
     // SAFETY: a fresh mapping, which replaces nothing.
     let mapped = unsafe {
         libc::mmap(
@@ -103,7 +115,12 @@ fn map(address: u64, len: usize, protection: i32) -> *mut u8 {
             0,
         )
     };
-    assert_ne!(mapped, libc::MAP_FAILED, "{address:#x}: {}", std::io::Error::last_os_error());
+    assert_ne!(
+        mapped,
+        libc::MAP_FAILED,
+        "{address:#x}: {}",
+        std::io::Error::last_os_error()
+    );
     mapped.cast()
 }
 
@@ -124,7 +141,11 @@ impl Host {
             let all = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
             map(CODE, CODE_SIZE, all);
             for (page, _) in DATA_PAGES {
-                map(DATA + page * PAGE as u64, PAGE, libc::PROT_READ | libc::PROT_WRITE);
+                map(
+                    DATA + page * PAGE as u64,
+                    PAGE,
+                    libc::PROT_READ | libc::PROT_WRITE,
+                );
             }
             set_ldt(0, CODE, true);
             set_ldt(1, DATA, false);
@@ -156,7 +177,13 @@ impl Host {
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = on_signal as *const () as usize;
             action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-            for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP] {
+            for signal in [
+                libc::SIGSEGV,
+                libc::SIGBUS,
+                libc::SIGFPE,
+                libc::SIGILL,
+                libc::SIGTRAP,
+            ] {
                 assert_eq!(libc::sigaction(signal, &action, ptr::null_mut()), 0);
             }
         }
@@ -177,8 +204,9 @@ impl Host {
         let registers = [
             rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15,
         ];
-        let vectors: Vec<AsmRegisterYmm> =
-            (0..16).map(|n| get_ymm(iced_x86::Register::YMM0 + n).expect("of 16")).collect();
+        let vectors: Vec<AsmRegisterYmm> = (0..16)
+            .map(|n| get_ymm(iced_x86::Register::YMM0 + n).expect("of 16"))
+            .collect();
         let at = |address: u64| ptr_at(address);
         let mut base = self.arena as u64 + STUBS_AT as u64;
         let mut place = |mut a: CodeAssembler| -> Result<u64, iced_x86::IcedError> {
@@ -274,11 +302,16 @@ impl Host {
         }
     }
 
-    /// Bytes of program memory.
-    pub fn write_code(&mut self, offset: usize, code: &[u8]) {
-        assert!(offset + code.len() <= CODE_SIZE);
-        // SAFETY: the code region is mapped writable.
-        unsafe { ptr::copy_nonoverlapping(code.as_ptr(), (CODE as usize + offset) as *mut u8, code.len()) };
+    /// Fills program memory.
+    pub fn write_code(&mut self, code: &[u8]) {
+        assert!(code.len() <= CODE_SIZE);
+        let at = CODE as *mut u8;
+        // SAFETY: the code region is mapped; it is writable while it is filled.
+        unsafe {
+            libc::mprotect(at.cast(), CODE_SIZE, libc::PROT_READ | libc::PROT_WRITE);
+            ptr::copy_nonoverlapping(code.as_ptr(), at, code.len());
+            libc::mprotect(at.cast(), CODE_SIZE, libc::PROT_READ | libc::PROT_EXEC);
+        }
     }
 
     /// Fills the data pages, in the order of [`DATA_PAGES`].
@@ -336,14 +369,21 @@ impl Host {
             let arena = &*self.arena;
             let mut registers = arena.after.clone();
             let end = if arena.faulted {
-                End::Exception { vector: arena.trap as u8, error: arena.error as u32 }
+                End::Exception {
+                    vector: arena.trap as u8,
+                    error: arena.error as u32,
+                }
             } else {
                 End::Done
             };
             if end == End::Done {
                 registers.rip = 0;
             }
-            HostOutcome { end, registers, cr2: arena.cr2 }
+            HostOutcome {
+                end,
+                registers,
+                cr2: arena.cr2,
+            }
         }
     }
 }
@@ -352,7 +392,13 @@ impl Drop for Host {
     fn drop(&mut self) {
         // SAFETY: takes back what `catch_signals` installed.
         unsafe {
-            for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP] {
+            for signal in [
+                libc::SIGSEGV,
+                libc::SIGBUS,
+                libc::SIGFPE,
+                libc::SIGILL,
+                libc::SIGTRAP,
+            ] {
                 libc::signal(signal, libc::SIG_DFL);
             }
             let none = libc::stack_t {
@@ -401,7 +447,11 @@ extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, context: *mut libc
         for n in 0..16 {
             let low = area.add(160 + 16 * n);
             ptr::copy_nonoverlapping(low, arena.after.ymm[n].as_mut_ptr(), 16);
-            let high = if present & 4 != 0 { area.add(576 + 16 * n) } else { ptr::null_mut() };
+            let high = if present & 4 != 0 {
+                area.add(576 + 16 * n)
+            } else {
+                ptr::null_mut()
+            };
             let to = arena.after.ymm[n].as_mut_ptr().add(16);
             if high.is_null() {
                 ptr::write_bytes(to, 0, 16);

@@ -213,7 +213,10 @@ impl Machine {
             let handler = HANDLERS + 16 * v;
             self.memory.write(handler, &[0xe6, REPORT]).unwrap();
             if self.mode == Mode::Real {
-                self.put32(4 * v, (handler as u32) << 12 & 0xffff_0000 | handler as u32 & 0xf);
+                self.put32(
+                    4 * v,
+                    (handler as u32) << 12 & 0xffff_0000 | handler as u32 & 0xf,
+                );
             } else if self.mode.is_long() {
                 let handler = KERNEL + handler;
                 let low = handler & 0xffff | u64::from(sel::CODE64) << 16 | 0x8e01 << 32;
@@ -226,7 +229,13 @@ impl Machine {
         }
         let flat = |attributes| descriptor(0, 0xf_ffff, attributes);
         let tss = |i: u64| descriptor((TSS + i * TSS_SIZE) as u32, TSS_SIZE as u32 - 1, 0x8b);
-        let high = |low: u64| if self.mode.is_long() { (low, KERNEL >> 32) } else { (low, 0) };
+        let high = |low: u64| {
+            if self.mode.is_long() {
+                (low, KERNEL >> 32)
+            } else {
+                (low, 0)
+            }
+        };
         let (tss_low, tss_high) = high(tss(0));
         let (ldt_low, ldt_high) = high(descriptor(LDT as u32, 0x2f, 0x82));
         for (selector, entry) in [
@@ -306,8 +315,14 @@ impl Machine {
             limit: sel::GDT_END - 1,
         };
         s.idtr = match mode {
-            Mode::Real => DescriptorTable { base: 0, limit: 0x3ff },
-            _ => DescriptorTable { base: kernel + IDT, limit: 0xfff },
+            Mode::Real => DescriptorTable {
+                base: 0,
+                limit: 0x3ff,
+            },
+            _ => DescriptorTable {
+                base: kernel + IDT,
+                limit: 0xfff,
+            },
         };
         s.tr = Segment {
             selector: sel::TSS,
@@ -322,14 +337,30 @@ impl Machine {
             base: kernel + LDT,
         };
         let (code, data) = match mode {
-            Mode::Long(0) => (Segment::flat(sel::CODE64, 0xa09b), Segment::flat(sel::DATA0, 0xc093)),
-            Mode::Long(_) => (Segment::flat(sel::CODE64_3, 0xa0fb), Segment::flat(sel::DATA3, 0xc0f3)),
-            Mode::Protected(0) => (Segment::flat(sel::CODE32, 0xc09b), Segment::flat(sel::DATA0, 0xc093)),
-            Mode::Compat32 | Mode::Protected(_) => {
-                (Segment::flat(sel::CODE32_3, 0xc0fb), Segment::flat(sel::DATA3, 0xc0f3))
-            }
-            Mode::Compat16 => (small(sel::CODE16_3, CODE, 0xfb), small(sel::DATA16_3, DATA, 0xf3)),
-            Mode::Protected16 => (small(sel::CODE16, CODE, 0x9b), small(sel::DATA16, DATA, 0x93)),
+            Mode::Long(0) => (
+                Segment::flat(sel::CODE64, 0xa09b),
+                Segment::flat(sel::DATA0, 0xc093),
+            ),
+            Mode::Long(_) => (
+                Segment::flat(sel::CODE64_3, 0xa0fb),
+                Segment::flat(sel::DATA3, 0xc0f3),
+            ),
+            Mode::Protected(0) => (
+                Segment::flat(sel::CODE32, 0xc09b),
+                Segment::flat(sel::DATA0, 0xc093),
+            ),
+            Mode::Compat32 | Mode::Protected(_) => (
+                Segment::flat(sel::CODE32_3, 0xc0fb),
+                Segment::flat(sel::DATA3, 0xc0f3),
+            ),
+            Mode::Compat16 => (
+                small(sel::CODE16_3, CODE, 0xfb),
+                small(sel::DATA16_3, DATA, 0xf3),
+            ),
+            Mode::Protected16 => (
+                small(sel::CODE16, CODE, 0x9b),
+                small(sel::DATA16, DATA, 0x93),
+            ),
             Mode::Real => (
                 small((CODE >> 4) as u16, CODE, 0x9b),
                 small((DATA >> 4) as u16, DATA, 0x93),
@@ -391,7 +422,10 @@ impl Machine {
             let at = base.wrapping_add(sp & mask) & (RAM - 1);
             let bytes = self.bytes(at, word as usize);
             sp += word;
-            bytes.iter().rev().fold(0, |value, b| value << 8 | u64::from(*b))
+            bytes
+                .iter()
+                .rev()
+                .fold(0, |value, b| value << 8 | u64::from(*b))
         };
         let has_error = matches!(*vector, 8 | 10..=14 | 17) && self.mode != Mode::Real;
         *error = if has_error { pop() as u32 } else { 0 };
@@ -399,12 +433,19 @@ impl Machine {
         let code = pop() as u16;
         s.rflags = pop();
         let switched = self.mode.is_long() || code & 3 != 0 && self.mode != Mode::Real;
-        let (rsp, stack) = if switched { (pop(), pop() as u16) } else { (sp, s.segments[2].selector) };
+        let (rsp, stack) = if switched {
+            (pop(), pop() as u16)
+        } else {
+            (sp, s.segments[2].selector)
+        };
         s.gpr[4] = rsp;
         for (n, selector) in [(1, code), (2, stack)] {
             s.segments[n] = match start.segments[n] {
                 same if same.selector == selector => same,
-                _ => Segment { selector, ..Segment::default() },
+                _ => Segment {
+                    selector,
+                    ..Segment::default()
+                },
             };
         }
         outcome
@@ -439,16 +480,25 @@ pub fn finish(vcpu: &mut dyn Vcpu, limit: u64) -> Outcome {
                     End::Done
                 } else {
                     let offset = state.segments[1].base + state.rip - 2 & 0xfff;
-                    End::Exception { vector: (offset / 16) as u8, error: 0 }
+                    End::Exception {
+                        vector: (offset / 16) as u8,
+                        error: 0,
+                    }
                 };
-                return Outcome { end, state, ticks: vcpu.ticks() - before - 1 };
+                return Outcome {
+                    end,
+                    state,
+                    ticks: vcpu.ticks() - before - 1,
+                };
             }
             Exit::PortRead { port, size } => {
                 entry = Entry::Data(u64::from(port) * 0x1111_1111 & u64::MAX >> (64 - 8 * size));
                 continue;
             }
             Exit::MmioRead { address, size } => {
-                entry = Entry::Data(address.wrapping_mul(0x0101_0101_0101_0101) & u64::MAX >> (64 - 8 * size));
+                entry = Entry::Data(
+                    address.wrapping_mul(0x0101_0101_0101_0101) & u64::MAX >> (64 - 8 * size),
+                );
                 continue;
             }
             Exit::PortWrite { .. } | Exit::MmioWrite { .. } => {

@@ -43,7 +43,19 @@ impl Rng {
             1 => (v as i8) as u64,
             2 => 1 << (v & 63),
             3 => (1 << (v & 63)) - 1,
-            4 => self.pick(&[0, 1, 0x80, 0x8000, 0x8000_0000, 1 << 63, u64::MAX, 0x7f, 0x7fff, 0x7fff_ffff, !(1 << 63)]),
+            4 => self.pick(&[
+                0,
+                1,
+                0x80,
+                0x8000,
+                0x8000_0000,
+                1 << 63,
+                u64::MAX,
+                0x7f,
+                0x7fff,
+                0x7fff_ffff,
+                !(1 << 63),
+            ]),
             _ => v,
         }
     }
@@ -63,7 +75,11 @@ pub struct Piece {
 
 impl Piece {
     pub fn plain(bytes: Vec<u8>) -> Piece {
-        Piece { bytes, rip_relative: None, skips_next: false }
+        Piece {
+            bytes,
+            rip_relative: None,
+            skips_next: false,
+        }
     }
 }
 
@@ -97,7 +113,11 @@ fn branch(rng: &mut Rng, mode: Mode) -> Piece {
         bytes.push(0x67);
     }
     bytes.extend([opcode, 0]);
-    Piece { bytes, rip_relative: None, skips_next: true }
+    Piece {
+        bytes,
+        rip_relative: None,
+        skips_next: true,
+    }
 }
 
 /// A POPF of flags that do not get in the way: no TF, AC, NT.
@@ -147,7 +167,11 @@ fn random_bytes(rng: &mut Rng, mode: Mode) -> Vec<u8> {
         _ => {
             // VEX, with its prefix bytes random.
             let fields = rng.next() as u8;
-            let low = if mode.bitness() == 64 { fields } else { fields | 0xc0 };
+            let low = if mode.bitness() == 64 {
+                fields
+            } else {
+                fields | 0xc0
+            };
             if rng.one_in(2) {
                 bytes.extend([0xc5, low]);
             } else {
@@ -183,6 +207,10 @@ fn complete(rng: &mut Rng, mode: Mode, mut bytes: Vec<u8>) -> Option<Piece> {
         *at += piece.bytes.len();
     }
     piece.bytes.extend(bytes);
+    if leaves_overflow_undefined(&i) {
+        // TEST AL, AL: nothing depends on the flag.
+        piece.bytes.extend([0x84, 0xc0]);
+    }
     Some(piece)
 }
 
@@ -222,6 +250,12 @@ fn known(feature: CpuidFeature) -> bool {
     ) || lodger_native::supported(feature)
 }
 
+/// Rotations by more than one bit: the flag differs between the forms of one instruction.
+fn leaves_overflow_undefined(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(i.mnemonic(), M::Rol | M::Ror | M::Rcl | M::Rcr)
+}
+
 fn permitted(i: &Instruction, mode: Mode) -> bool {
     use Mnemonic as M;
     let code = i.code();
@@ -229,18 +263,24 @@ fn permitted(i: &Instruction, mode: Mode) -> bool {
     if !encoding || !code.cpuid_features().iter().all(|f| known(*f)) {
         return false;
     }
+    // A masked store that is masked off may fault, and 16-bit offsets of flat segments always do.
+    if i.op0_kind() == OpKind::MemorySegDI && mode.bitness() == 32 {
+        return false;
+    }
     if i.is_privileged() || i.flow_control() != FlowControl::Next {
         return false;
     }
     // FS is the host's thread pointer; CS would read the code, whose end is not the same.
-    let fs_or_cs = i.has_segment_prefix() && matches!(i.segment_prefix(), Register::FS | Register::CS);
+    let fs_or_cs =
+        i.has_segment_prefix() && matches!(i.segment_prefix(), Register::FS | Register::CS);
     if fs_or_cs && mode.bitness() != 64 || i.memory_segment() == Register::FS {
         return false;
     }
-    let segments = (0..i.op_count()).any(|n| {
-        i.op_kind(n) == OpKind::Register && i.op_register(n).is_segment_register()
-    });
-    if segments || mode.bitness() == 64 && i.memory_segment() == Register::GS && i.is_string_instruction() {
+    let segments = (0..i.op_count())
+        .any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_segment_register());
+    if segments
+        || mode.bitness() == 64 && i.memory_segment() == Register::GS && i.is_string_instruction()
+    {
         return false;
     }
     !matches!(
@@ -291,7 +331,7 @@ fn permitted(i: &Instruction, mode: Mode) -> bool {
             | M::Prefetchit0
             | M::Prefetchit1
             | M::Salc
-    ) && code != Code::Fstenv_m14byte
+    ) && !(code == Code::Cvtpi2ps_xmm_mmm64 && i.op1_kind() == OpKind::Memory)
 }
 
 /// A place in or around the data pages, relative to their start.
@@ -323,6 +363,20 @@ fn aim(
     loads: &mut Vec<(u8, u64)>,
     piece: &mut Piece,
 ) -> Option<()> {
+    // What processors do in several accesses, of which some may be done when another one faults, or which may fault though
+    // they are masked off.
+    let parts = matches!(
+        i.mnemonic(),
+        Mnemonic::Maskmovq | Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu
+    ) || matches!(
+        i.mnemonic(),
+        Mnemonic::Vmaskmovps | Mnemonic::Vmaskmovpd | Mnemonic::Vpmaskmovd | Mnemonic::Vpmaskmovq
+    ) || i.op_kinds().any(|k| k == OpKind::Memory)
+        && !i.memory_size().size().is_power_of_two();
+    let target = |rng: &mut Rng| match parts {
+        true => rng.below(0x1f) << 7,
+        false => target(rng),
+    };
     let segment_base = DATA - if mode.bitness() == 16 { DATA } else { 0 };
     // The bits of a register above the address size are random.
     let upper = |rng: &mut Rng, value: u64, bits: u32| {
@@ -358,7 +412,11 @@ fn aim(
     if !i.op_kinds().any(|k| k == OpKind::Memory) {
         return Some(());
     }
-    let gs_base = if mode.bitness() == 64 && i.memory_segment() == Register::GS { GS_BASE } else { 0 };
+    let gs_base = if mode.bitness() == 64 && i.memory_segment() == Register::GS {
+        GS_BASE
+    } else {
+        0
+    };
     let at = segment_base.wrapping_add(target(rng)).wrapping_sub(gs_base);
     let (base, index) = (i.memory_base(), i.memory_index());
     let number = |r: Register| r.full_register().number() as u8;
@@ -385,12 +443,18 @@ fn aim(
         (Register::None, Register::None) => patch(at),
         (_, _) if index.is_vector_register() => {
             if base != Register::None {
-                loads.push((number(base), upper(rng, at.wrapping_sub(displacement), base_bits)));
+                loads.push((
+                    number(base),
+                    upper(rng, at.wrapping_sub(displacement), base_bits),
+                ));
             }
             Some(())
         }
         (base, Register::None) => {
-            loads.push((number(base), upper(rng, at.wrapping_sub(displacement), base_bits)));
+            loads.push((
+                number(base),
+                upper(rng, at.wrapping_sub(displacement), base_bits),
+            ));
             Some(())
         }
         (Register::None, index) => {
@@ -406,7 +470,9 @@ fn aim(
         (base, index) => {
             let small = rng.below(64).wrapping_sub(32);
             loads.push((number(index), upper(rng, small, index_bits)));
-            let rest = at.wrapping_sub(displacement).wrapping_sub(small.wrapping_mul(scale));
+            let rest = at
+                .wrapping_sub(displacement)
+                .wrapping_sub(small.wrapping_mul(scale));
             loads.push((number(base), upper(rng, rest, base_bits)));
             Some(())
         }
