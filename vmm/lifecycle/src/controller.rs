@@ -20,6 +20,13 @@ pub struct VmController {
     boot: Boot,
 }
 
+impl Drop for VmController {
+    /// Also after a panic the vCPUs leave their loops, so that their threads can end.
+    fn drop(&mut self) {
+        self.handle.stop();
+    }
+}
+
 impl VmController {
     /// Starts `machine` at power-on. `handle` is the one that the machine has as its
     /// [`MachineControl`](lodger_device_model::MachineControl).

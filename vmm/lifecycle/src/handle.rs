@@ -6,6 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use lodger_device_model::{MachineControl, MachineRequest};
 use lodger_vcpu::Kick;
 
+use crate::outcome::Failure;
 use crate::queue::{End, Request, RequestQueue};
 
 /// What is to happen when.
@@ -55,6 +56,25 @@ impl VmHandle {
     /// Lets a paused VM go on. False: it is not paused.
     pub fn resume(&self) -> bool {
         self.submit(Request::Resume)
+    }
+
+    /// From now on a panic in any thread ends the VM with a [`Failure::Panicked`]: without its clock's thread, for
+    /// example, a guest would just stand still. The message is printed as before.
+    pub fn fail_on_panic(&self) {
+        let handle = self.clone();
+        let next = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            next(panic);
+            let name = std::thread::current().name().map(str::to_owned);
+            let thread = name.unwrap_or_else(|| "without a name".into());
+            let handle = handle.clone();
+            // On another thread, because this one may hold any lock.
+            let end =
+                move || handle.submit(Request::End(End::Failed(Failure::Panicked { thread })));
+            if std::thread::Builder::new().spawn(end).is_err() {
+                std::process::abort();
+            }
+        }));
     }
 
     fn queue(&self) -> MutexGuard<'_, RequestQueue> {

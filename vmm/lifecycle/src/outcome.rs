@@ -47,9 +47,9 @@ pub enum Failure {
         source: io::Error,
     },
     /// A bug of this program, reported where it happened.
-    #[error("vCPU {vcpu}: its thread panicked; this is a bug in Lodger")]
+    #[error("thread {thread} panicked; this is a bug in Lodger")]
     Panicked {
-        /// Which vCPU.
-        vcpu: u32,
+        /// The thread's name.
+        thread: String,
     },
 }

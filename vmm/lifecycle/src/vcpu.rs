@@ -48,7 +48,7 @@ impl VcpuThread {
         let (answer, answers) = channel();
         let body = move || serve(index, &machine, &handle, &orders, &answer);
         let thread = std::thread::Builder::new()
-            .name(format!("vcpu{index}"))
+            .name(thread_name(index))
             .spawn(body)
             .map_err(|source| Failure::Thread {
                 vcpu: index,
@@ -114,7 +114,8 @@ impl VcpuThread {
     }
 
     fn panicked(&self) -> Failure {
-        Failure::Panicked { vcpu: self.index }
+        let thread = thread_name(self.index);
+        Failure::Panicked { thread }
     }
 }
 
@@ -128,13 +129,18 @@ impl Drop for VcpuThread {
     }
 }
 
+fn thread_name(index: u32) -> String {
+    format!("vcpu{index}")
+}
+
 /// Tells the controller if the thread panics, which may be waiting for other vCPUs or for requests.
 struct Alarm<'a>(u32, &'a VmHandle);
 
 impl Drop for Alarm<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let failure = Failure::Panicked { vcpu: self.0 };
+            let thread = thread_name(self.0);
+            let failure = Failure::Panicked { thread };
             self.1.submit(Request::End(End::Failed(failure)));
         }
     }

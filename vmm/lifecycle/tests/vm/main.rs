@@ -75,7 +75,7 @@ fn a_vm_ends_as_the_guest_asks() {
         (
             &[&[&[POLL], &[Panic]]],
             REBOOT,
-            "failure: vCPU 1: its thread panicked; this is a bug in Lodger",
+            "failure: thread vcpu1 panicked; this is a bug in Lodger",
         ),
     ];
     for &(scripts, policy, expected) in cases {
