@@ -143,17 +143,18 @@ fn write_table(f: &mut Formatter<'_>, name: &str, t: &DescriptorTable) -> Result
 }
 
 fn write_exit(f: &mut Formatter<'_>, exit: &Exit) -> Result {
-    match exit {
-        Exit::PortRead { port, size } => write!(f, "in   port {port:#06x}, {size} bytes"),
+    let bits = |size: u8| u32::from(size) * 8;
+    match *exit {
+        Exit::PortRead { port, size } => write!(f, "in    port {port:#06x}, {} bits", bits(size)),
         Exit::PortWrite { port, size, value } => {
-            write!(f, "out  port {port:#06x}, {size} bytes: {value:#x}")
+            write!(f, "out   port {port:#06x}, {} bits: {value:#x}", bits(size))
         }
-        Exit::MmioRead { address, size } => write!(f, "read {address:#010x}, {size} bytes"),
+        Exit::MmioRead { address, size } => write!(f, "read  {address:#010x}, {} bits", bits(size)),
         Exit::MmioWrite {
             address,
             size,
             value,
-        } => write!(f, "write {address:#010x}, {size} bytes: {value:#x}"),
+        } => write!(f, "write {address:#010x}, {} bits: {value:#x}", bits(size)),
         Exit::InterruptAcknowledge => write!(f, "interrupt of the 8259s"),
         Exit::Eoi(vector) => write!(f, "end of interrupt {vector:#04x}"),
         Exit::Kicked => write!(f, "kicked"),

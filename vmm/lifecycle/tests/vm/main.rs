@@ -229,7 +229,7 @@ fn the_crash_report_can_be_read() {
         "cs   f000  base 00000000ffff0000",
         "  000000000000fff0  ud2",
         "  end of interrupt 0x30  (2 times)",
-        "  out  port 0x0080, 1 bytes: 0x7",
+        "  out   port 0x0080, 8 bits: 0x7",
         "vCPU 1: WaitForSipi",
     ] {
         assert!(text.contains(part), "{part:?} is not in:\n{text}");
