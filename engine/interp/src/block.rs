@@ -349,7 +349,8 @@ impl Cpu {
         let mut end = 0;
         while ops.len() < most && decoder.can_decode() {
             decoder.decode_out(&mut instruction);
-            if decoder.last_error() == DecoderError::NoMoreBytes && end + 15 > bytes.len() {
+            let short = decoder.last_error() == DecoderError::NoMoreBytes;
+            if short || instruction.is_invalid() && self.is_endless(&bytes[end..]) {
                 break;
             }
             end = decoder.position();
@@ -371,6 +372,17 @@ impl Cpu {
             version: 0,
             linear: 0,
         }))
+    }
+
+    /// Whether the 15 bytes that an instruction may have do not suffice.
+    fn is_endless(&self, bytes: &[u8]) -> bool {
+        // With 15 bytes or more the decoder does not tell this from an undefined opcode.
+        let Some(start) = bytes.get(..14) else {
+            return false;
+        };
+        let mut decoder = Decoder::new(self.bitness(), start, DecoderOptions::NONE);
+        decoder.decode();
+        bytes.len() > start.len() && decoder.last_error() == DecoderError::NoMoreBytes
     }
 
     /// Decodes one instruction for one execution, fetching it byte by byte as far as it goes.

@@ -109,12 +109,8 @@ impl Cpu {
 
     /// The flags as the handler finds them on its stack.
     fn saved_flags(&self, event: Event) -> u64 {
-        self.flags
-            | if event.sets_rf() {
-                RFlags::RF.bits()
-            } else {
-                0
-            }
+        let resumes = event.sets_rf() || self.repeating;
+        self.flags | if resumes { RFlags::RF.bits() } else { 0 }
     }
 
     fn deliver_real(&mut self, vector: u8) -> Exec<Option<Exception>> {

@@ -92,6 +92,7 @@ impl InterpVcpu {
             io: IoReplay::default(),
             delivering: None,
             debug_trap: 0,
+            repeating: false,
             step_trap: false,
             eoi: None,
             check_events: true,
@@ -217,6 +218,7 @@ impl Cpu {
                 if stop != Stop::Again {
                     return Err(stop);
                 }
+                self.repeat();
             }
         }
         // The shadow of STI is over.
@@ -233,13 +235,18 @@ impl Cpu {
         Ok(())
     }
 
+    /// A repeated string instruction is to go on. Time may have passed.
+    fn repeat(&mut self) {
+        self.repeating = true;
+        self.check_events = true;
+    }
+
     /// What follows from how an instruction ended. `Some`: leave.
     #[cold]
     fn after(&mut self, stop: Stop) -> Option<Exit> {
         match stop {
             Stop::EndBlock => {}
-            // Time may have passed.
-            Stop::Again => self.check_events = true,
+            Stop::Again => self.repeat(),
             Stop::Fault => {
                 self.io.clear();
                 self.debug_trap = 0;
@@ -301,7 +308,10 @@ impl Cpu {
                 Activity::WaitForSipi => self.sleep(mailbox, None),
                 Activity::Halted if !self.wakes() => self.sleep(mailbox, self.timer_deadline()),
                 Activity::Halted | Activity::Running => match self.take_interrupt() {
-                    Taken::Nothing => return None,
+                    Taken::Nothing => {
+                        self.repeating = false;
+                        return None;
+                    }
                     Taken::Event(event) => self.delivering = Some(event),
                     Taken::Acknowledge => return Some(Exit::InterruptAcknowledge),
                 },
@@ -378,6 +388,7 @@ impl Cpu {
             }
         }
         self.delivering = None;
+        self.repeating = false;
         // A trap after HLT ends it.
         self.activity = Activity::Running;
         self.io.clear();
@@ -448,6 +459,7 @@ impl Cpu {
         self.blocks.mapping_changed();
         self.update_mode();
         self.delivering = None;
+        self.repeating = false;
         self.debug_trap = 0;
         self.io.clear();
         self.check_events = true;
