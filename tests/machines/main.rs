@@ -17,3 +17,8 @@ fn paging() {
 fn interrupts() {
     Guest::new("interrupts").runs();
 }
+
+#[test]
+fn faults() {
+    Guest::new("faults").runs();
+}

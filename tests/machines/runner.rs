@@ -77,7 +77,8 @@ impl Guest {
             } = self;
             eprintln!("{guest} on {name}, {cpus} vCPUs: {took:?}");
             if end != Ok(self.end) {
-                failures += &format!("{guest} on {name} ended with {end:?}, after\n{output}\n");
+                let end = end.map_or_else(|problem| problem, |end| format!("{end:?}"));
+                failures += &format!("{guest} on {name}:\n{output}\n{end}\n");
             }
         }
         assert!(failures.is_empty(), "{failures}");
