@@ -381,7 +381,7 @@ impl Cpu {
             return false;
         };
         let mut decoder = Decoder::new(self.bitness(), start, DecoderOptions::NONE);
-        decoder.decode();
+        let _ = decoder.decode();
         bytes.len() > start.len() && decoder.last_error() == DecoderError::NoMoreBytes
     }
 

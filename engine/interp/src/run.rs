@@ -26,6 +26,25 @@ const MAX_DELIVERIES: u32 = 16;
 /// Blocks that a crash report looks back.
 const HISTORY: usize = 8;
 
+/// When a block was entered.
+#[derive(Clone, Copy)]
+struct Visit {
+    linear: u64,
+    code: CodeSize,
+    /// `ticks` then: from one visit to the next they tell how much of the block was executed.
+    ticks: u64,
+}
+
+impl Default for Visit {
+    fn default() -> Visit {
+        Visit {
+            linear: 0,
+            code: CodeSize::Bits16,
+            ticks: 0,
+        }
+    }
+}
+
 /// What [`Cpu::take_interrupt`] found.
 enum Taken {
     Nothing,
@@ -39,8 +58,8 @@ pub struct InterpVcpu {
     cpu: Box<Cpu>,
     /// The I/O that the entry must complete.
     pending: Option<Exit>,
-    /// Linear addresses and modes of the latest blocks.
-    history: [(u64, CodeSize); HISTORY],
+    /// The latest blocks, a ring.
+    history: [Visit; HISTORY],
     position: usize,
 }
 
@@ -106,7 +125,7 @@ impl InterpVcpu {
         let mut vcpu = InterpVcpu {
             cpu: Box::new(cpu),
             pending: None,
-            history: [(0, CodeSize::Bits16); HISTORY],
+            history: [Visit::default(); HISTORY],
             position: 0,
         };
         vcpu.cpu.load_state(&state);
@@ -134,7 +153,11 @@ impl InterpVcpu {
             };
             // SAFETY: a block lives until the next call of `block`.
             let block = unsafe { &*block };
-            self.history[self.position % HISTORY] = (block.linear, c.code);
+            self.history[self.position % HISTORY] = Visit {
+                linear: block.linear,
+                code: c.code,
+                ticks: c.ticks,
+            };
             self.position += 1;
             let stepping = c.shadow
                 || c.flags & (RFlags::TF | RFlags::RF).bits() != 0
@@ -557,23 +580,23 @@ impl Vcpu for InterpVcpu {
     fn recent_instructions(&self) -> Vec<(u64, String)> {
         let mut lines = VecDeque::new();
         let mut formatter = IntelFormatter::new();
-        let blocks = self.position.saturating_sub(HISTORY)..self.position;
-        for (linear, code) in blocks.map(|p| self.history[p % HISTORY]) {
-            let mut bytes = [0; 64];
-            let Some(len) = self.cpu.peek_code(linear, &mut bytes) else {
+        for position in self.position.saturating_sub(HISTORY)..self.position {
+            let visit = self.history[position % HISTORY];
+            // After the last visit: with the instruction that was not completed.
+            let end = match position + 1 == self.position {
+                true => self.cpu.ticks + 1,
+                false => self.history[(position + 1) % HISTORY].ticks,
+            };
+            let mut bytes = [0; 256];
+            let Some(len) = self.cpu.peek_code(visit.linear, &mut bytes) else {
                 continue;
             };
-            let bitness = [16, 32, 64][code as usize];
-            let decoder = Decoder::with_ip(bitness, &bytes[..len], linear, DecoderOptions::NONE);
-            for instruction in decoder {
+            let (bitness, bytes) = ([16, 32, 64][visit.code as usize], &bytes[..len]);
+            let decoder = Decoder::with_ip(bitness, bytes, visit.linear, DecoderOptions::NONE);
+            for instruction in decoder.into_iter().take((end - visit.ticks) as usize) {
                 let mut text = String::new();
                 formatter.format(&instruction, &mut text);
                 lines.push_back((instruction.ip(), text));
-                if instruction.ip() == self.cpu.code_address()
-                    || crate::decode::ends_block(&instruction)
-                {
-                    break;
-                }
             }
         }
         while lines.len() > 24 {
