@@ -23,13 +23,13 @@ const ZEROES: usize = 64 << 10;
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// There is no such file.
-    #[error("disk image {}: there is no such file", path.display())]
+    #[error("disk image {}: there is no such file (`truncate -s 1G FILE` makes an empty disk)", path.display())]
     Missing {
         /// The image.
         path: PathBuf,
     },
     /// The host denies access.
-    #[error("disk image {}: not permitted to open it for {}", path.display(), if *read_only { "reading" } else { "writing (it can be attached read-only)" })]
+    #[error("disk image {}: not permitted to open it for {}", path.display(), if *read_only { "reading" } else { "writing; attach it read-only (FILE,ro), or change its permissions" })]
     NotPermitted {
         /// The image.
         path: PathBuf,
@@ -44,14 +44,22 @@ pub enum OpenError {
         /// What it is instead.
         what: &'static str,
     },
+    /// An image in another format; its bytes are not those of the disk.
+    #[error("disk image {}: it is a {format} image, only raw ones are understood; convert it (`qemu-img convert -O raw {} NEW`)", path.display(), path.display())]
+    NotRaw {
+        /// The image.
+        path: PathBuf,
+        /// Its format.
+        format: &'static str,
+    },
     /// It has no bytes.
-    #[error("disk image {}: it is empty", path.display())]
+    #[error("disk image {}: it is empty; give it a size (`truncate -s 1G FILE`)", path.display())]
     Empty {
         /// The image.
         path: PathBuf,
     },
     /// Another process holds it.
-    #[error("disk image {}: another process is using it (only read-only users can share an image)", path.display())]
+    #[error("disk image {}: another process is using it; only those who all attach it read-only (FILE,ro) can share an image", path.display())]
     InUse {
         /// The image.
         path: PathBuf,
@@ -125,6 +133,12 @@ impl RawFile {
         if file_len == 0 {
             return Err(OpenError::Empty { path: own() });
         }
+        if let Some(format) = other_format(&file) {
+            return Err(OpenError::NotRaw {
+                path: own(),
+                format,
+            });
+        }
         Ok(RawFile {
             file,
             read_only,
@@ -158,6 +172,20 @@ impl RawFile {
             Err(e) => Err(e.into()),
         }
     }
+}
+
+/// What the file is by its first bytes, if it is not raw.
+fn other_format(file: &File) -> Option<&'static str> {
+    let mut head = [0; 8];
+    file.read_exact_at(&mut head, 0).ok()?;
+    let known: [(&[u8], _); 4] = [
+        (b"QFI\xfb", "qcow2"),
+        (b"KDMV", "VMDK"),
+        (b"vhdxfile", "VHDX"),
+        (b"conectix", "VHD"),
+    ];
+    let found = known.iter().find(|(magic, _)| head.starts_with(magic));
+    found.map(|&(_, format)| format)
 }
 
 fn not_storage(meta: &Metadata) -> Option<&'static str> {
@@ -361,5 +389,8 @@ mod tests {
         let f = image(&[]);
         let e = RawFile::open(f.path(), false).unwrap_err();
         assert!(matches!(e, OpenError::Empty { .. }), "{e}");
+        let f = image(b"QFI\xfb\0\0\0\x03");
+        let e = RawFile::open(f.path(), true).unwrap_err();
+        assert!(e.to_string().contains("a qcow2 image"), "{e}");
     }
 }

@@ -2,9 +2,10 @@
 
 /// What `Ctrl-A h` prints, and what a user is told at the start.
 const HELP: &str = "\
-Ctrl-A x    end the machine and leave
-Ctrl-A h    this help
-Ctrl-A Ctrl-A    send Ctrl-A to the guest";
+Ctrl-A x        end the machine and leave
+Ctrl-A s        type this terminal's size into the guest's shell, as an stty command
+Ctrl-A Ctrl-A   send Ctrl-A to the guest
+Ctrl-A h        this help";
 
 const KEY: u8 = 0x01;
 
@@ -20,6 +21,7 @@ pub struct Escape {
 pub(crate) enum Command {
     Quit,
     Help,
+    Size,
 }
 
 impl Escape {
@@ -40,6 +42,7 @@ impl Escape {
             }
             match byte {
                 b'x' | b'X' => commands.push(Command::Quit),
+                b's' | b'S' => commands.push(Command::Size),
                 b'h' | b'H' | b'?' => commands.push(Command::Help),
                 KEY => data.push(KEY),
                 _ => {}
@@ -55,7 +58,7 @@ mod tests {
 
     #[test]
     fn sequences_are_taken_out_even_across_reads() {
-        use Command::{Help, Quit};
+        use Command::{Help, Quit, Size};
         /// What is read, what the guest gets, what is asked for.
         type Case = (&'static [&'static [u8]], &'static [u8], &'static [Command]);
         let cases: &[Case] = &[
@@ -63,6 +66,7 @@ mod tests {
             (&[b"a\x01xb"], b"ab", &[Quit]),
             (&[b"a\x01", b"x"], b"a", &[Quit]),
             (&[b"\x01h\x01?\x01X"], b"", &[Help, Help, Quit]),
+            (&[b"l\x01ss"], b"ls", &[Size]),
             (&[b"\x01\x01x"], b"\x01x", &[]),
             (&[b"\x01qx"], b"x", &[]),
             (&[b"\x03\x1a\x1c\xff\0"], b"\x03\x1a\x1c\xff\0", &[]),

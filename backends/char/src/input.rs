@@ -102,6 +102,14 @@ impl Drop for Input {
     }
 }
 
+/// What tells a guest's shell how big the terminal is, as a serial line does not. Typed at a shell's prompt.
+fn size_command() -> Vec<u8> {
+    match crate::window_size() {
+        Some((columns, rows)) => format!("stty rows {rows} cols {columns}\r").into(),
+        None => Vec::new(),
+    }
+}
+
 fn wake(eventfd: &OwnedFd) {
     // Fails only if the counter is full, and then it is readable.
     let _ = rustix::io::write(eventfd, &1u64.to_ne_bytes());
@@ -202,10 +210,11 @@ impl<N: Fn(Notice)> Reader<N> {
             Some(escape) => {
                 let mut data = Vec::new();
                 for command in escape.filter(typed, &mut data) {
-                    (self.notice)(match command {
-                        Command::Quit => Notice::Quit,
-                        Command::Help => Notice::Help,
-                    });
+                    match command {
+                        Command::Quit => (self.notice)(Notice::Quit),
+                        Command::Help => (self.notice)(Notice::Help),
+                        Command::Size => data.extend(size_command()),
+                    }
                 }
                 let room = WAITING.saturating_sub(self.waiting.len());
                 self.waiting.extend(data.into_iter().take(room));

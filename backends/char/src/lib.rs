@@ -9,7 +9,7 @@
 //! nothing is an escape. The end of input is not the end of the guest.
 //!
 //! A serial line does not carry the terminal's size; a guest asks the terminal itself (`resize`), and the answer passes
-//! through. [`Notice::Resized`] is for devices that do carry it.
+//! through, or the user has it typed (Ctrl-A s). [`Notice::Resized`] is for devices that do carry it.
 //!
 //! Specification: termios(3), POSIX.1-2017 chapter 11.
 
