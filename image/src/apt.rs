@@ -14,9 +14,9 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Output};
+use std::process::{Command, ExitStatus, Output, Stdio};
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use crate::cache::Workshop;
 use crate::error::{Error, IoContext, Result};
@@ -25,6 +25,9 @@ use crate::progress::Progress;
 
 /// Not in anybody's PATH, and at the same place on every Debian.
 const APT_HELPER: &str = "/usr/lib/apt/apt-helper";
+
+/// What a build runs.
+const PROGRAMS: [&str; 4] = ["apt-get", "apt-cache", APT_HELPER, "dpkg-deb"];
 
 /// The architecture of the guests.
 const ARCHITECTURE: &str = "amd64";
@@ -41,6 +44,42 @@ Acquire::http::Timeout "20";
 Acquire::https::Timeout "20";
 Dir::Cache::pkgcache "pkgcache.bin";
 "#;
+
+/// What the host has for building images.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PackageTools {
+    /// Programs that a build needs and that are not there.
+    pub missing: Vec<&'static str>,
+    /// When the host's package lists were last changed; `None`: there are none, and a build fetches its own.
+    pub lists: Option<SystemTime>,
+}
+
+impl PackageTools {
+    /// Looks at the host. Nothing is changed.
+    pub fn examine() -> PackageTools {
+        let there = |program: &&str| match program.contains('/') {
+            true => Path::new(program).exists(),
+            false => std::env::var_os("PATH").is_some_and(|path| {
+                std::env::split_paths(&path).any(|dir| dir.join(program).exists())
+            }),
+        };
+        let mut missing = PROGRAMS.to_vec();
+        missing.retain(|program| !there(program));
+        // It tells those that are there.
+        let targets = Command::new("apt-get")
+            .args(["indextargets", "--format", "$(FILENAME)"])
+            .arg("Identifier: Packages")
+            .stdin(Stdio::null())
+            .output();
+        let names = targets.map(|output| output.stdout).unwrap_or_default();
+        let names = String::from_utf8_lossy(&names);
+        let changed = |name| fs::metadata(name).and_then(|file| file.modified()).ok();
+        PackageTools {
+            missing,
+            lists: names.lines().filter_map(changed).max(),
+        }
+    }
+}
 
 /// A package that has been fetched and verified.
 #[derive(Debug)]

@@ -64,6 +64,8 @@ pub struct ImageInfo {
     pub name: &'static str,
     /// What it is, in one line.
     pub description: &'static str,
+    /// Where its files are, or would be.
+    pub dir: PathBuf,
     /// Whether it is there.
     pub state: ImageState,
 }
@@ -119,6 +121,7 @@ impl Cache {
             .map(|recipe| ImageInfo {
                 name: recipe.name,
                 description: recipe.description,
+                dir: self.image_dir(recipe.name),
                 state: match self.manifest(recipe.name) {
                     Ok(None) => ImageState::Absent,
                     Ok(Some(manifest)) => ImageState::Ready {
@@ -167,6 +170,11 @@ impl Cache {
     /// there. Waits while another process builds one, and then takes that.
     pub fn build(&self, name: &str, progress: &mut dyn Progress) -> Result<Image> {
         let recipe = recipe(name)?;
+        self.build_recipe(recipe, progress)
+            .map_err(|error| error.or_no_space(&self.root))
+    }
+
+    fn build_recipe(&self, recipe: &Recipe, progress: &mut dyn Progress) -> Result<Image> {
         let before = self.manifest(recipe.name).ok().flatten();
         let (workshop, waited) = self.enter(progress)?;
         if waited
@@ -538,6 +546,27 @@ mod tests {
         assert!(cache.verify("mini").unwrap());
         fs::remove_file(cache.image_dir("mini").join("image.json")).unwrap();
         assert!(matches!(cache.get("mini"), Err(Error::Damaged { .. })));
+    }
+
+    #[test]
+    fn full_disk_is_told_plainly_whoever_met_it() {
+        let full = io::ErrorKind::StorageFull;
+        let tool = |detail: &str| Error::Tool {
+            command: "dpkg-deb".into(),
+            detail: detail.into(),
+        };
+        for (error, expected) in [
+            (
+                Err::<(), _>(full).while_trying("write", Path::new("/c/work/a")),
+                true,
+            ),
+            (Err(tool("cannot copy: No space left on device")), true),
+            (Err(tool("cannot copy: Input/output error")), false),
+        ] {
+            let error = error.unwrap_err().or_no_space(Path::new("/c"));
+            assert_eq!(matches!(error, Error::NoSpace { .. }), expected, "{error}");
+            assert!(!expected || error.to_string().contains("XDG_CACHE_HOME"));
+        }
     }
 
     #[test]

@@ -4,6 +4,9 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+/// Bytes that a build takes in the cache for a while, about.
+pub const BUILD_SPACE: u64 = 200_000_000;
+
 /// The result of work on images.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -117,6 +120,16 @@ pub enum Error {
         detail: String,
     },
 
+    /// The disk is full, or the user's share of it.
+    #[error(
+        "no space is left in {} to build the image: a build takes {} MB, of which it keeps 20. \
+         Free some, or set XDG_CACHE_HOME to a directory on another disk", dir.display(), BUILD_SPACE / 1_000_000
+    )]
+    NoSpace {
+        /// The cache.
+        dir: PathBuf,
+    },
+
     /// A tool failed, or answered what cannot be understood.
     #[error("'{command}' failed: {detail}")]
     Tool {
@@ -137,6 +150,30 @@ pub enum Error {
         /// What is missing or wrong.
         reason: String,
     },
+}
+
+impl Error {
+    /// Says it plainly if this comes from a full disk, with `dir` as the cache's place.
+    pub(crate) fn or_no_space(self, dir: &Path) -> Error {
+        let full = match &self {
+            Error::Io { source, .. } | Error::CacheDir { source, .. } => matches!(
+                source.kind(),
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+            ),
+            Error::Tool { detail, .. } | Error::Download { detail, .. } => {
+                ["No space left on device", "Disk quota exceeded"]
+                    .iter()
+                    .any(|phrase| detail.contains(phrase))
+            }
+            _ => false,
+        };
+        match full {
+            true => Error::NoSpace {
+                dir: dir.to_owned(),
+            },
+            false => self,
+        }
+    }
 }
 
 /// Adds to an [`io::Error`] what was tried, and on which file.

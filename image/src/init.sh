@@ -4,6 +4,7 @@
 #
 # Kernel command line:  lodger.run="COMMAND"  runs COMMAND, prints LODGER-EXIT
 # rc=N and powers off. Otherwise: a shell on the console; its end powers off.
+# lodger.size=ROWSxCOLUMNS  is the size of its terminal.
 export PATH=/bin HOME=/root
 busybox mount -t proc proc /proc
 busybox mount -t sysfs sysfs /sys
@@ -18,7 +19,11 @@ for range in $online; do
 	cpus=$((cpus + ${range#*-} - ${range%-*} + 1))
 done
 unset IFS
-echo "Lodger mini: Linux $release, $cpus CPUs, $((kib / 1024)) MiB"
+case $cpus in
+1) cpus="1 CPU" ;;
+*) cpus="$cpus CPUs" ;;
+esac
+echo "Lodger mini: Linux $release, $cpus, $((kib / 1024)) MiB"
 
 busybox --install -s /bin
 mount -t devtmpfs dev /dev
@@ -54,6 +59,13 @@ if [ -n "$run" ]; then
 	sh -c "$run"
 	echo "LODGER-EXIT rc=$?"
 else
+	case $cmdline in
+	*lodger.size=*)
+		size=${cmdline#*lodger.size=}
+		size=${size%% *}
+		stty rows "${size%x*}" cols "${size#*x}"
+		;;
+	esac
 	setsid cttyhack sh -l
 fi
 

@@ -28,6 +28,7 @@ mod mini;
 mod modules;
 mod progress;
 
+pub use apt::PackageTools;
 pub use cache::{Cache, DEFAULT_IMAGE, Image, ImageInfo, ImageState};
-pub use error::{Error, Result};
+pub use error::{BUILD_SPACE, Error, Result};
 pub use progress::Progress;
