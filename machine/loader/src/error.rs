@@ -29,7 +29,9 @@ pub enum Reason {
     #[error("cannot be read: {0}")]
     Io(#[from] std::io::Error),
     /// It is something else than a kernel for this machine.
-    #[error("this is {0}, not a kernel that can be booted")]
+    #[error(
+        "this is {0}, not a kernel that can be booted (a bzImage, an ELF file or a Multiboot 1 kernel)"
+    )]
     NotAKernel(&'static str),
     /// A kernel that only other boot methods can start.
     #[error("{0}")]
