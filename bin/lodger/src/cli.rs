@@ -11,19 +11,20 @@ const RUN_AFTER: &str = "\
 Terminal:
   The guest's first serial port is this terminal; every key goes to the guest, Ctrl-C too. The
   escape key is Ctrl-A:
-    Ctrl-A x         end the machine and leave
-    Ctrl-A h         help
+    Ctrl-A x         end the machine at once and leave
+    Ctrl-A s         type this terminal's size into the guest's shell, as an stty command
     Ctrl-A Ctrl-A    send Ctrl-A to the guest
+    Ctrl-A h         help
   If standard input or output is not a terminal, bytes pass unchanged and there is no escape key;
   the end of input does not end the guest.
 
 Exit status:
-  0    the guest powered off, or Ctrl-A x
-  1    the host or Lodger failed
-  2    wrong arguments
-  3    the guest crashed (triple fault); a report is on standard error
-  4    the guest reset the machine, under --no-reboot
-  2v+1 the guest wrote v to the debug-exit port (modulo 256)
+  0      the guest powered off, or Ctrl-A x
+  1      the host failed: a file, the network, no memory ...
+  2      wrong arguments
+  3      the guest crashed (triple fault); a report is on standard error
+  4      the guest reset the machine, under --no-reboot
+  2v+1   the guest wrote v to the debug-exit port (modulo 256)
   128+n  ended by signal n
 
 Examples:
@@ -32,16 +33,19 @@ Examples:
   lodger run --cpus 4 --memory 1.5G --disk disk.img
   lodger run --kernel vmlinuz --initrd initrd.img --append 'console=ttyS0'";
 
+/// RAM of a machine for which nothing else is said, in bytes.
+pub const DEFAULT_MEMORY: u64 = 512 << 20;
+
 /// Lodger runs virtual machines: whole computers for unmodified operating systems, with and without the
 /// processor's virtualization.
 #[derive(Debug, Parser)]
 #[command(name = "lodger", version, propagate_version = true)]
 pub struct Cli {
     /// Say what happens; twice: in detail
-    #[arg(short, long, global = true, action = ArgAction::Count)]
+    #[arg(short, long, global = true, action = ArgAction::Count, display_order = 900)]
     pub verbose: u8,
     /// Say nothing but errors
-    #[arg(short, long, global = true)]
+    #[arg(short, long, global = true, display_order = 900)]
     pub quiet: bool,
     #[command(subcommand)]
     pub command: Command,
@@ -91,10 +95,11 @@ pub struct RunArgs {
     #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
     pub append: Option<String>,
     /// RAM: 512M, 1.5G, 2048K ...; a plain number is in MiB
-    #[arg(short, long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
+    #[arg(short, long, value_name = "SIZE", default_value = "512M", value_parser = parse_size, allow_negative_numbers = true)]
     pub memory: u64,
     /// Number of virtual CPUs
-    #[arg(short, long, value_name = "N", default_value_t = 1)]
+    #[arg(short, long, value_name = "N", default_value_t = 1, allow_negative_numbers = true,
+        value_parser = clap::value_parser!(u32).range(1..))]
     pub cpus: u32,
     /// What runs the virtual CPUs
     #[arg(long, value_enum, default_value_t = EngineChoice::Auto)]
@@ -106,7 +111,7 @@ pub struct RunArgs {
     #[arg(long = "device", value_name = "DEVICE", value_enum)]
     pub devices: Vec<DeviceChoice>,
     /// The processor that the guest sees
-    #[arg(long, value_name = "MODEL", default_value = CpuModel::NAMES[0])]
+    #[arg(long, value_name = "MODEL", default_value = CpuModel::NAMES[0], value_parser = CpuModel::NAMES)]
     pub cpu: String,
     /// End when the guest resets the machine, with status 4, instead of rebooting it
     #[arg(long)]
@@ -156,16 +161,17 @@ impl FromStr for Disk {
 fn parse_size(text: &str) -> Result<u64, String> {
     const PAGE: f64 = 4096.0;
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let number = digits.bytes().all(|b| b.is_ascii_digit() || b == b'.');
+    let number: f64 = match digits.parse() {
+        Ok(parsed) if number => parsed,
+        _ => return Err("not a size; sizes are like 512M or 1.5G".into()),
+    };
     let unit = match text[digits.len()..].to_ascii_uppercase().as_str() {
         "K" | "KB" | "KIB" => 10,
         "" | "M" | "MB" | "MIB" => 20,
         "G" | "GB" | "GIB" => 30,
         "T" | "TB" | "TIB" => 40,
         other => return Err(format!("unknown unit '{other}'; K, M, G and T are known")),
-    };
-    let number: f64 = match digits.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
-        true => digits.parse().map_err(|_| "not a number")?,
-        false => return Err("not a number".into()),
     };
     let pages = number * (1u64 << unit) as f64 / PAGE;
     match pages < (1u64 << 50) as f64 {
@@ -187,7 +193,7 @@ mod tests {
     #[test]
     fn sizes() {
         let cases = [
-            ("512M", Some(512 << 20)),
+            ("512M", Some(DEFAULT_MEMORY)),
             ("512", Some(512 << 20)),
             ("1.5G", Some(1536 << 20)),
             ("1.5g", Some(1536 << 20)),
@@ -243,6 +249,8 @@ mod tests {
             "run --engine qemu",
             "run --device toaster",
             "run --cpus x",
+            "run --cpus 0",
+            "run --cpus -1",
             "image remove",
             "fly",
         ] {

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use lodger_image::{Cache, ImageState, Progress};
+use lodger_image::{Cache, ImageInfo, ImageState, Progress};
 
 use crate::cli::ImageCommand;
 use crate::messages;
@@ -14,38 +14,52 @@ use crate::status::Error;
 pub fn serve(command: &ImageCommand, quiet: bool) -> Result<ExitCode, Error> {
     let cache = Cache::open(None)?;
     match command {
-        ImageCommand::List => list(&cache),
+        ImageCommand::List => list(&cache)?,
         ImageCommand::Build { image } => {
             let mut bar = Bar::new(quiet);
             let built = cache.build(image, &mut bar)?;
             bar.finish();
             if !quiet {
-                messages::say(format_args!("built {}", built.kernel.display()));
+                let dir = built.kernel.parent().unwrap_or(cache.dir());
+                messages::say(format_args!("built {image} in {}", dir.display()));
             }
         }
         ImageCommand::Remove { image } => {
             let removed = cache.remove(image)?;
             if !quiet {
-                let what = if removed { "removed" } else { "was not there:" };
-                messages::say(format_args!("{what} {image}"));
+                let what = if removed {
+                    "removed"
+                } else {
+                    "not built, nothing to remove"
+                };
+                messages::say(format_args!("image {image}: {what}"));
             }
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn list(cache: &Cache) {
-    for image in cache.list() {
+fn list(cache: &Cache) -> Result<(), Error> {
+    let line = |image: ImageInfo| {
         let state = match image.state {
-            ImageState::Absent => "not built".into(),
+            ImageState::Absent => "not built; `lodger run` does it".into(),
             ImageState::Ready {
                 size,
                 kernel_release,
             } => format!("Linux {kernel_release}, {} MB", size.div_ceil(1_000_000)),
-            ImageState::Damaged(reason) => format!("damaged: {reason}"),
+            ImageState::Damaged(reason) => format!("damaged, will be built anew: {reason}"),
         };
-        println!("{:8}  {}  ({state})", image.name, image.description);
-    }
+        format!(
+            "{:8}  {}\n{:8}  {state}\n{:8}  {}\n",
+            image.name,
+            image.description,
+            "",
+            "",
+            image.dir.display()
+        )
+    };
+    let lines: String = cache.list().into_iter().map(line).collect();
+    messages::answer(lines)
 }
 
 /// A progress bar on standard error, if that is a terminal; otherwise a line for each step.

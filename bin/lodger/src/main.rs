@@ -7,11 +7,13 @@
 //! | `run.rs` | `lodger run` |
 //! | `images.rs` | `lodger image` |
 //! | `doctor.rs` | `lodger doctor` |
+//! | `host.rs` | what the host has left |
 //! | `status.rs` | exit statuses |
 //! | `messages.rs` | what goes to standard error, and how |
 
 mod cli;
 mod doctor;
+mod host;
 mod images;
 mod messages;
 mod registry;
@@ -26,11 +28,11 @@ use cli::{Cli, Command};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    messages::start(cli.verbose);
+    messages::start(cli.verbose, cli.quiet);
     let result = match cli.command {
         Command::Run(args) => run::run(&args, cli.quiet),
         Command::Image(command) => images::serve(&command, cli.quiet),
-        Command::Doctor => Ok(doctor::examine()),
+        Command::Doctor => doctor::examine(),
     };
     result.unwrap_or_else(|error| {
         messages::error(&error);

@@ -2,7 +2,7 @@
 
 use lodger_interp::InterpEngine;
 use lodger_kvm::KvmEngine;
-use lodger_vcpu::Engine;
+use lodger_vcpu::{Engine, EngineError};
 use lodger_x86::HostFeatures;
 
 use crate::cli::EngineChoice;
@@ -63,15 +63,22 @@ pub fn choose(choice: EngineChoice) -> Result<Chosen, Error> {
         EngineChoice::Auto => {
             let engine = kvm();
             let why_not = match engine.probe() {
+                Err(EngineError::Unusable { why, .. }) => why,
                 Err(error) => error.to_string(),
                 Ok(_) => match engine.stock_guest_problem() {
                     None => return Ok(kvm_chosen(engine, "this host has it, and it works", None)),
-                    Some(problem) => format!("kvm cannot run stock systems here: {problem}"),
+                    Some(problem) => problem,
                 },
             };
-            Ok(interp(why_not))
+            tracing::info!("not kvm: {why_not}");
+            Ok(interp(format!("not kvm: {} (more: lodger doctor)", first_sentence(&why_not))))
         }
     }
+}
+
+/// What is wrong, without what to do about it.
+fn first_sentence(text: &str) -> &str {
+    text.split_once(". ").map_or(text, |(first, _)| first)
 }
 
 /// What CPU models may use of the host's processor.

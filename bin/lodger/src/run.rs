@@ -16,9 +16,9 @@ use lodger_virtio_devices::ConsoleSpec;
 
 use crate::cli::{DeviceChoice, RunArgs};
 use crate::images::Bar;
-use crate::messages;
 use crate::registry::{self, Chosen};
 use crate::status::{self, Error};
+use crate::{host, messages};
 
 /// How long a VM may take to stop once it is told to. It takes longer only if the host does not answer, a
 /// dead network disk for example.
@@ -27,28 +27,38 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Runs a VM to its end.
 pub fn run(args: &RunArgs, quiet: bool) -> Result<ExitCode, Error> {
     let chosen = registry::choose(args.engine)?;
-    let spec = machine_spec(args, quiet)?;
-    if !quiet {
-        let name = chosen.engine.name();
-        messages::say(format_args!("engine {name}: {}", chosen.reason));
+    let interactive = lodger_char::is_interactive();
+    let spec = machine_spec(args, interactive, quiet)?;
+    if let Some(available) = host::memory_available()
+        && available < args.memory
+    {
+        tracing::warn!(
+            "the machine has {} MiB of memory, the host {} MiB to give; it may end the machine when that is used up",
+            args.memory >> 20,
+            available >> 20
+        );
     }
     let handle = VmHandle::new(Policy {
         no_reboot: args.no_reboot,
     });
     let output = Arc::new(Output::stdout().map_err(host("cannot use standard output"))?);
-    let machine = Arc::new(build(&spec, &chosen, &handle, &output)?);
+    let machine = Arc::new(build(&spec, &chosen, &handle, &output, interactive)?);
     let controller = VmController::start(Arc::clone(&machine), handle.clone())?;
     refuse_stock_guest(&chosen, controller.boot())?;
 
-    let ending = Arc::new(AtomicU8::new(status::POWERED_OFF));
-    let interactive = lodger_char::is_interactive();
-    if interactive && !quiet {
-        messages::say("press Ctrl-A x to leave, Ctrl-A h for help");
+    if !quiet {
+        let name = chosen.engine.name();
+        messages::say(format_args!("engine {name}: {}", chosen.reason));
+        if interactive {
+            messages::say("starting; Ctrl-A x leaves, Ctrl-A h helps");
+        }
     }
+    let ending = Arc::new(AtomicU8::new(status::POWERED_OFF));
     let terminal = Terminal::start(interactive, &machine, &handle, &output, &ending)?;
     let outcome = controller.run();
     drop(terminal);
     output.close();
+    messages::end_line();
     Ok(ExitCode::from(conclude(outcome, &ending)?))
 }
 
@@ -71,7 +81,7 @@ fn host(what: &'static str) -> impl Fn(io::Error) -> Error {
     move |source| Error::Host { what, source }
 }
 
-fn machine_spec(args: &RunArgs, quiet: bool) -> Result<MachineSpec, Error> {
+fn machine_spec(args: &RunArgs, interactive: bool, quiet: bool) -> Result<MachineSpec, Error> {
     let has = |device| args.devices.contains(&device);
     let console = has(DeviceChoice::VirtioConsole).then(|| {
         let (columns, rows) = lodger_char::window_size().unwrap_or_default();
@@ -81,7 +91,7 @@ fn machine_spec(args: &RunArgs, quiet: bool) -> Result<MachineSpec, Error> {
         memory: args.memory,
         vcpus: args.cpus,
         cpu: args.cpu.clone(),
-        boot: boot_spec(args, quiet)?,
+        boot: boot_spec(args, interactive, quiet)?,
         virtio: VirtioSpec {
             disks: args.disks.iter().map(|disk| disk.0.clone()).collect(),
             console,
@@ -90,8 +100,8 @@ fn machine_spec(args: &RunArgs, quiet: bool) -> Result<MachineSpec, Error> {
     })
 }
 
-fn boot_spec(args: &RunArgs, quiet: bool) -> Result<BootSpec, Error> {
-    let append = args.append.clone().unwrap_or_default();
+fn boot_spec(args: &RunArgs, interactive: bool, quiet: bool) -> Result<BootSpec, Error> {
+    let mut append = args.append.clone().unwrap_or_default();
     if let Some(kernel) = &args.kernel {
         return Ok(BootSpec {
             kernel: kernel.clone(),
@@ -103,6 +113,9 @@ fn boot_spec(args: &RunArgs, quiet: bool) -> Result<BootSpec, Error> {
     let mut bar = Bar::new(quiet);
     let image = Cache::open(None)?.get_or_build(name, &mut bar)?;
     bar.finish();
+    if interactive && let Some((columns, rows)) = lodger_char::window_size() {
+        append = format!("lodger.size={rows}x{columns} {append}");
+    }
     Ok(BootSpec {
         kernel: image.kernel,
         initrd: Some(image.initrd),
@@ -115,10 +128,16 @@ fn build(
     chosen: &Chosen,
     handle: &VmHandle,
     output: &Arc<Output>,
+    interactive: bool,
 ) -> Result<Machine, Error> {
     let to_stdout = || {
         let output = Arc::clone(output);
-        Box::new(move |data: &[u8]| output.write(data))
+        Box::new(move |data: &[u8]| {
+            output.write(data);
+            if interactive {
+                messages::guest_wrote(data);
+            }
+        })
     };
     let host = Host {
         engine: &*chosen.engine,

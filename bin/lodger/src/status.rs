@@ -36,9 +36,12 @@ pub enum Error {
     /// No image.
     #[error(transparent)]
     Image(#[from] lodger_image::Error),
+    /// No memory for the machine.
+    #[error("{0}; a smaller --memory may do, or raise the limit if there is one (ulimit -v)")]
+    Memory(lodger_guest_memory::Error),
     /// No machine.
     #[error(transparent)]
-    Build(#[from] BuildError),
+    Build(BuildError),
     /// The VM failed.
     #[error(transparent)]
     Vm(#[from] Failure),
@@ -52,11 +55,22 @@ pub enum Error {
     },
 }
 
+impl From<BuildError> for Error {
+    fn from(error: BuildError) -> Error {
+        match error {
+            BuildError::Memory(error) => Error::Memory(error),
+            other => Error::Build(other),
+        }
+    }
+}
+
 impl Error {
     /// The exit status.
     pub fn status(&self) -> u8 {
         match self {
-            Error::Usage(_) | Error::Build(BuildError::Spec(_) | BuildError::Cpu(_)) => USAGE,
+            Error::Usage(_)
+            | Error::Build(BuildError::Spec(_) | BuildError::Cpu(_))
+            | Error::Image(lodger_image::Error::UnknownImage { .. }) => USAGE,
             _ => HOST_FAILURE,
         }
     }
