@@ -34,7 +34,7 @@ fn build(source: &Path, runtime: &Path, out: &Path) {
     gcc.arg(mode).args(FLAGS.split_whitespace());
     gcc.arg("-I").arg(runtime).arg("-T").arg(runtime.join("link.ld"));
     gcc.arg("-o").arg(&linked).arg(runtime.join(start));
-    gcc.args(["rt.c", "chips.c"].map(|file| runtime.join(file)));
+    gcc.args(["rt.c", "chips.c", "virtio.c"].map(|file| runtime.join(file)));
     gcc.arg(source);
     run(gcc);
     // Multiboot loaders take 32-bit ELF files, whatever the code.

@@ -34,6 +34,7 @@ pub struct Guest {
     append: &'static str,
     disk: Option<PathBuf>,
     end: End,
+    reboots: bool,
 }
 
 impl Guest {
@@ -44,6 +45,7 @@ impl Guest {
             append: "",
             disk: None,
             end: End::Passed,
+            reboots: false,
         }
     }
 
@@ -62,6 +64,14 @@ impl Guest {
 
     pub fn ends(self, end: End) -> Guest {
         Guest { end, ..self }
+    }
+
+    /// A reset starts it again.
+    pub fn reboots(self) -> Guest {
+        Guest {
+            reboots: true,
+            ..self
+        }
     }
 
     /// Runs it on every engine; fails if it ends otherwise than it is to.
@@ -116,7 +126,9 @@ impl Guest {
     fn run(&self, candidate: &Candidate) -> (Result<End, String>, String) {
         let printed = Arc::new(Mutex::new(Vec::new()));
         let sink = Arc::clone(&printed);
-        let handle = VmHandle::new(Policy { no_reboot: true });
+        let handle = VmHandle::new(Policy {
+            no_reboot: !self.reboots,
+        });
         let host = Host {
             engine: &*candidate.engine,
             features: host_features(),
