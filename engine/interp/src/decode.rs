@@ -3,7 +3,7 @@
 //! The common integer instructions get specialised handlers here; every other one becomes a [`Rare`], executed natively
 //! on the host if [`lodger_native`] can, else by [`crate::rare`].
 
-use iced_x86::{FlowControl, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{CodeSize, FlowControl, Instruction, Mnemonic, OpKind, Register};
 use lodger_native::{Full, Masked, StubCache};
 
 use crate::alu::*;
@@ -127,7 +127,14 @@ fn memory_operand(i: &Instruction, op: &mut Op) {
         return;
     }
     let base = i.memory_base();
-    op.seg = i.memory_segment().number() as u8;
+    op.seg = match i.memory_segment() {
+        // 64-bit mode ignores the other prefixes; which of the two it is tells #SS from #GP.
+        segment if i.code_size() == CodeSize::Code64 && segment < Register::FS => match base {
+            Register::RSP | Register::RBP | Register::ESP | Register::EBP => seg::SS,
+            _ => seg::DS,
+        },
+        segment => segment.number() as u8,
+    };
     op.disp = i.memory_displacement64();
     op.address_shift = match address_size(i) {
         2 => 48,

@@ -187,6 +187,7 @@ impl Cpu {
             self.watched(linear, data.len() as u64, Access::Read)
                 .or_else(|e| self.raise(e))?;
         }
+        self.check_canonical(linear, data.len() as u64, segment)?;
         let mut at = linear;
         let mut rest = data;
         while !rest.is_empty() {
@@ -214,6 +215,7 @@ impl Cpu {
             self.watched(linear, data.len() as u64, Access::Write)
                 .or_else(|e| self.raise(e))?;
         }
+        self.check_canonical(linear, data.len() as u64, segment)?;
         if linear % PAGE + data.len() as u64 > PAGE {
             self.check_write(linear, data.len() as u64, segment)?;
         }
@@ -249,6 +251,7 @@ impl Cpu {
             self.watched(linear, len, Access::Write)
                 .or_else(|e| self.raise(e))?;
         }
+        self.check_canonical(linear, len, segment)?;
         let last = self.wrap(linear.wrapping_add(len - 1));
         self.place(linear, segment, Access::Write)?;
         if last & !(PAGE - 1) != linear & !(PAGE - 1) {
@@ -309,15 +312,20 @@ impl Cpu {
         }
     }
 
+    /// Faults unless all of `len` bytes are at canonical addresses, which goes before any page fault.
+    fn check_canonical(&mut self, linear: u64, len: u64, segment: u8) -> Exec {
+        if !self.long_mode() || canonical(linear) && canonical(linear.wrapping_add(len - 1)) {
+            return Ok(());
+        }
+        self.raise(match segment {
+            seg::SS => Exception::SS0,
+            _ => Exception::GP0,
+        })
+    }
+
     /// Translates a page for data access, filling the TLB; the exception is raised.
     fn place(&mut self, linear: u64, segment: u8, access: Access) -> Exec<Place> {
-        if self.long_mode() && !canonical(linear) {
-            return self.raise(if segment == seg::SS {
-                Exception::SS0
-            } else {
-                Exception::GP0
-            });
-        }
+        self.check_canonical(linear, 1, segment)?;
         let entry = *self.tlb.entry(self.mmu, linear);
         let tag = linear & !(PAGE - 1);
         let hit = match access {

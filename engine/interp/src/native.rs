@@ -3,6 +3,7 @@
 //!
 //! x87 errors are always reported as #MF, also with CR0.NE clear, where a PC would raise IRQ 13 instead.
 
+use iced_x86::OpKind;
 use lodger_native::{Class, Guest, MemUse, Native, NativeState, Outcome};
 use lodger_x86::bits::{STATUS_FLAGS, cr0, cr4, xcr0};
 use lodger_x86::paging::Access;
@@ -33,6 +34,8 @@ pub fn handler(native: &Native) -> Handler {
         };
     }
     match native.class {
+        // CVTPS2PH to memory.
+        _ if native.raises_simd_fp && native.mem.write() > 0 => by_memory!(OTHER),
         Class::Gpr if !native.vex => by_memory!(GPR),
         Class::Sse => by_memory!(SSE),
         Class::Avx => by_memory!(AVX),
@@ -43,7 +46,7 @@ pub fn handler(native: &Native) -> Handler {
 fn run<const CLASS: u8, const MEMORY: u8>(c: &mut Cpu, op: &Op) -> Exec {
     let native = op.rare().native.as_ref().expect("chosen by `handler`");
     if CLASS == OTHER && MEMORY == WRITE {
-        return run_x87_store(c, op, native);
+        return run_floating_point_store(c, op, native);
     }
     match CLASS {
         GPR => {}
@@ -88,10 +91,10 @@ fn run<const CLASS: u8, const MEMORY: u8>(c: &mut Cpu, op: &Op) -> Exec {
     Ok(())
 }
 
-/// A store that changes registers as well, such as FSTP. It is undone if memory cannot be written; but an exception of the FPU
+/// A store that changes registers as well, such as FSTP. It is undone if memory cannot be written; but a floating-point exception
 /// goes first, and then memory is not accessed at all.
 #[inline(never)]
-fn run_x87_store(c: &mut Cpu, op: &Op, native: &Native) -> Exec {
+fn run_floating_point_store(c: &mut Cpu, op: &Op, native: &Native) -> Exec {
     c.check_class(native.class, native.vex, op)?;
     if native.waits_x87 && c.native.x87_exception_pending() {
         return c.raise(Exception::plain(Vector::MathFault));
@@ -133,8 +136,13 @@ pub fn run_masked(c: &mut Cpu, op: &Op) -> Exec {
     } else {
         0
     };
+    let explicit = instruction.op_kinds().any(|k| k == OpKind::Memory);
     let mut elements = Elements {
-        segment: masked.segment.number() as u8,
+        segment: if explicit {
+            op.seg
+        } else {
+            masked.segment.number() as u8
+        },
         gather: masked.is_gather(),
         moved,
         mask: u64::MAX >> op.address_shift,

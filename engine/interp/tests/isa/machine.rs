@@ -171,15 +171,26 @@ impl Machine {
             })
             .unwrap();
         let vcpus = (0..vcpus).map(|i| vm.create_vcpu(i).unwrap()).collect();
-        let mut machine = Machine {
+        let machine = Machine {
             memory,
             vm,
             vcpus,
             mode,
         };
-        machine.write_tables();
-        machine.map_pages();
+        machine.reset_memory();
         machine
+    }
+
+    /// Puts all tables in place and clears the programs' memory.
+    pub fn reset_memory(&self) {
+        self.write_tables();
+        self.map_pages();
+        for page in [0, 1] {
+            self.memory.write(CODE + (page << 12), &[0; 4096]).unwrap();
+        }
+        for (page, _) in DATA_PAGES {
+            self.memory.write(DATA + (page << 12), &[0; 4096]).unwrap();
+        }
     }
 
     pub fn put32(&self, at: u64, value: u32) {
@@ -208,10 +219,12 @@ impl Machine {
         DIRECTORY32
     }
 
-    fn write_tables(&mut self) {
+    fn write_tables(&self) {
         for v in 0..=255_u64 {
             let handler = HANDLERS + 16 * v;
             self.memory.write(handler, &[0xe6, REPORT]).unwrap();
+            // Interrupt gates; INT3 and INTO are for every ring.
+            let kind = if matches!(v, 3 | 4) { 0xee } else { 0x8e };
             if self.mode == Mode::Real {
                 self.put32(
                     4 * v,
@@ -219,11 +232,11 @@ impl Machine {
                 );
             } else if self.mode.is_long() {
                 let handler = KERNEL + handler;
-                let low = handler & 0xffff | u64::from(sel::CODE64) << 16 | 0x8e01 << 32;
+                let low = handler & 0xffff | u64::from(sel::CODE64) << 16 | kind << 40 | 1 << 32;
                 self.put64(IDT + 16 * v, low | (handler >> 16 & 0xffff) << 48);
                 self.put64(IDT + 16 * v + 8, handler >> 32);
             } else {
-                let low = handler & 0xffff | u64::from(sel::CODE32) << 16 | 0x8e00 << 32;
+                let low = handler & 0xffff | u64::from(sel::CODE32) << 16 | kind << 40;
                 self.put64(IDT + 8 * v, low);
             }
         }
@@ -272,7 +285,7 @@ impl Machine {
         }
     }
 
-    fn map_pages(&mut self) {
+    fn map_pages(&self) {
         let user = if self.mode.ring() == 3 { 4 } else { 0 };
         for (at, entry) in [
             (PML4, PML4 + 0x1007),

@@ -4,7 +4,9 @@
 // UNSAFETY: the host processor as an oracle: generated machine code is run, and its faults are caught as signals.
 #![allow(unsafe_code)]
 
+mod cases;
 mod differential;
 mod host;
+mod lines;
 mod machine;
 mod random;

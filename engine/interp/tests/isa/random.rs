@@ -267,6 +267,12 @@ fn permitted(i: &Instruction, mode: Mode) -> bool {
     if i.op0_kind() == OpKind::MemorySegDI && mode.bitness() == 32 {
         return false;
     }
+    // Strings and masked stores are aimed without a look at the base of GS.
+    let implicit = i.is_string_instruction()
+        || matches!(i.op0_kind(), OpKind::MemorySegEDI | OpKind::MemorySegRDI);
+    if implicit && mode.bitness() == 64 && i.memory_segment() == Register::GS {
+        return false;
+    }
     if i.is_privileged() || i.flow_control() != FlowControl::Next {
         return false;
     }
@@ -278,9 +284,7 @@ fn permitted(i: &Instruction, mode: Mode) -> bool {
     }
     let segments = (0..i.op_count())
         .any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_segment_register());
-    if segments
-        || mode.bitness() == 64 && i.memory_segment() == Register::GS && i.is_string_instruction()
-    {
+    if segments {
         return false;
     }
     !matches!(
