@@ -214,6 +214,14 @@ impl Machine {
         self.put32(LOW_TABLE32 + 4 * page, (page << 12 | flags) as u32);
     }
 
+    /// An interrupt gate of long mode to code of ring 0.
+    pub fn set_gate(&self, vector: u8, handler: u64) {
+        let low = handler & 0xffff | u64::from(sel::CODE64) << 16 | 0x8e << 40;
+        let at = IDT + 16 * u64::from(vector);
+        self.put64(at, low | (handler >> 16 & 0xffff) << 48);
+        self.put64(at + 8, handler >> 32);
+    }
+
     /// CR3 for 32-bit paging, which maps the low 1 MiB: the programs' pages as in long mode, the rest for ring 0.
     pub fn cr3_for_32_bit_paging(&self) -> u64 {
         DIRECTORY32

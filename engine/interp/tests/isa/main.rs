@@ -5,8 +5,10 @@
 #![allow(unsafe_code)]
 
 mod cases;
+mod code;
 mod differential;
 mod host;
 mod lines;
 mod machine;
 mod random;
+mod smp;
