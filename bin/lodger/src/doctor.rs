@@ -210,7 +210,7 @@ fn limits(report: &mut Report) {
     // What, how much of it there may be, how much one machine may want, how to get more.
     let table = [
         (
-            "MiB of address space",
+            "address space (MiB)",
             limit(Resource::As).map(|bytes| bytes >> 20),
             DEFAULT_MEMORY >> 19,
             "raise `ulimit -v`",
@@ -238,11 +238,11 @@ fn limits(report: &mut Report) {
     for (what, limit, wanted, way) in table {
         match limit {
             Some(limit) if limit < wanted => {
-                let text = format!("{limit} {what}, a machine may want {wanted}; {way}");
+                let text = format!("{what} {limit}, a machine may want {wanted}; {way}");
                 report.add(Note, "limits", text);
             }
-            Some(limit) => good.push(format!("{limit} {what}")),
-            None => good.push(format!("any number of {what}")),
+            Some(limit) => good.push(format!("{what} {limit}")),
+            None => good.push(format!("{what} unlimited")),
         }
     }
     if !good.is_empty() {

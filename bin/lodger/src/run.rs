@@ -68,7 +68,13 @@ fn conclude(outcome: Outcome, ending: &AtomicU8) -> Result<u8, Error> {
         Outcome::PoweredOff => status::POWERED_OFF,
         Outcome::Reset => status::RESET,
         Outcome::DebugExit(value) => status::debug_exit(value),
-        Outcome::Stopped => ending.load(Ordering::SeqCst),
+        Outcome::Stopped => {
+            let status = ending.load(Ordering::SeqCst);
+            if let Some(number) = status::signal_of(status) {
+                tracing::warn!("ended by signal {number}");
+            }
+            status
+        }
         Outcome::Crashed(report) => {
             messages::print(report);
             status::CRASHED
@@ -113,7 +119,9 @@ fn boot_spec(args: &RunArgs, interactive: bool, quiet: bool) -> Result<BootSpec,
     let mut bar = Bar::new(quiet);
     let image = Cache::open(None)?.get_or_build(name, &mut bar)?;
     bar.finish();
-    if interactive && let Some((columns, rows)) = lodger_char::window_size() {
+    if args.devices.contains(&DeviceChoice::VirtioConsole) {
+        append = format!("console=hvc0 {append}");
+    } else if interactive && let Some((columns, rows)) = lodger_char::window_size() {
         append = format!("lodger.size={rows}x{columns} {append}");
     }
     Ok(BootSpec {

@@ -19,6 +19,11 @@ pub fn signal(number: u8) -> u8 {
     128 + (number & 0x7f)
 }
 
+/// The signal that a status stands for.
+pub fn signal_of(status: u8) -> Option<u8> {
+    status.checked_sub(128).filter(|&number| number > 0)
+}
+
 /// The guest wrote `value` to the debug-exit port.
 pub fn debug_exit(value: u32) -> u8 {
     (value << 1 | 1) as u8
