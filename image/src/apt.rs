@@ -19,7 +19,7 @@ use std::thread::sleep;
 use std::time::{Duration, SystemTime};
 
 use crate::cache::Workshop;
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, IoContext, Result, says_full};
 use crate::manifest::sha256_of;
 use crate::progress::Progress;
 
@@ -483,10 +483,13 @@ fn says_no_package(stderr: &[u8]) -> bool {
     .any(|phrase| text.contains(phrase))
 }
 
-/// What a program complained of: its first errors and warnings, or else its last
-/// line.
+/// What a program complained of: a full disk, which explains everything else, or its first errors and warnings, or else
+/// its last line.
 fn complaints(stderr: &[u8]) -> String {
     let text = String::from_utf8_lossy(stderr);
+    if let Some(line) = text.lines().find(|line| says_full(line)) {
+        return line.trim().to_owned();
+    }
     let marked = text
         .lines()
         .filter_map(|line| line.strip_prefix("E: ").or(line.strip_prefix("W: ")))
@@ -552,6 +555,10 @@ mod tests {
             ("", ""),
             ("one\ntwo\n", "two"),
             ("W: a.\nnoise\nE: b\nE: c\n", "a; b"),
+            (
+                "W: a\ntar: b: No space left on device\ntar failed\n",
+                "tar: b: No space left on device",
+            ),
         ] {
             assert_eq!(complaints(stderr.as_bytes()), expected);
         }

@@ -160,11 +160,7 @@ impl Error {
                 source.kind(),
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
             ),
-            Error::Tool { detail, .. } | Error::Download { detail, .. } => {
-                ["No space left on device", "Disk quota exceeded"]
-                    .iter()
-                    .any(|phrase| detail.contains(phrase))
-            }
+            Error::Tool { detail, .. } | Error::Download { detail, .. } => says_full(detail),
             _ => false,
         };
         match full {
@@ -174,6 +170,13 @@ impl Error {
             false => self,
         }
     }
+}
+
+/// Whether a tool's message is that the disk is full (ENOSPC, EDQUOT).
+pub(crate) fn says_full(text: &str) -> bool {
+    ["No space left on device", "Disk quota exceeded"]
+        .iter()
+        .any(|phrase| text.contains(phrase))
 }
 
 /// Adds to an [`io::Error`] what was tried, and on which file.
