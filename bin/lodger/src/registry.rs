@@ -1,9 +1,9 @@
 //! Everything that is linked in and chosen at run time: the engines. Nothing else names one.
 
 use lodger_interp::InterpEngine;
+pub use lodger_interp::host_features;
 use lodger_kvm::KvmEngine;
 use lodger_vcpu::{Engine, EngineError};
-use lodger_x86::HostFeatures;
 
 use crate::cli::EngineChoice;
 use crate::status::Error;
@@ -79,32 +79,4 @@ pub fn choose(choice: EngineChoice) -> Result<Chosen, Error> {
 /// What is wrong, without what to do about it.
 fn first_sentence(text: &str) -> &str {
     text.split_once(". ").map_or(text, |(first, _)| first)
-}
-
-/// What CPU models may use of the host's processor.
-pub fn host_features() -> HostFeatures {
-    macro_rules! detected {
-        ($($field:ident: $feature:tt),* $(,)?) => {
-            HostFeatures { $($field: std::arch::is_x86_feature_detected!($feature)),* }
-        };
-    }
-    detected! {
-        sse41: "sse4.1",
-        sse42: "sse4.2",
-        popcnt: "popcnt",
-        pclmulqdq: "pclmulqdq",
-        aes: "aes",
-        sha: "sha",
-        avx: "avx",
-        avx2: "avx2",
-        fma: "fma",
-        f16c: "f16c",
-        bmi1: "bmi1",
-        bmi2: "bmi2",
-        lzcnt: "lzcnt",
-        movbe: "movbe",
-        adx: "adx",
-        rdrand: "rdrand",
-        rdseed: "rdseed",
-    }
 }

@@ -213,6 +213,8 @@ impl Terminal {
         .map_err(host("cannot catch signals"))?;
         let raw = interactive.then(RawMode::enter).transpose();
         let raw = raw.map_err(host("cannot put the terminal into raw mode"))?;
+        // After raw mode, whose own hook puts the terminal back before the message is printed.
+        handle.fail_on_panic();
         let stop = Stop {
             handle: handle.clone(),
             output: Arc::clone(output),
