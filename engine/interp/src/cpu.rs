@@ -157,6 +157,8 @@ pub struct Cpu {
     pub delivering: Option<Event>,
     /// Debug conditions met by the current instruction (DR6 bits), for a trap after it.
     pub debug_trap: u64,
+    /// PAUSE instructions so far.
+    pub pauses: u32,
     /// RIP is at a repeated string instruction that has begun: what interrupts it sets RF in the saved flags.
     pub repeating: bool,
     /// RFLAGS.TF was set when the instruction began: a trap follows it. What enters a handler drops it, as does a

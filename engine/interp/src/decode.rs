@@ -288,7 +288,8 @@ fn common(i: &Instruction, op: &mut Op) -> Option<Handler> {
         Mnemonic::Cmc => Some(cmc),
         Mnemonic::Lahf => Some(lahf),
         Mnemonic::Sahf => Some(sahf),
-        Mnemonic::Nop | Pause | Endbr64 | Endbr32 => Some(nop),
+        Pause => Some(pause),
+        Mnemonic::Nop | Endbr64 | Endbr32 => Some(nop),
         Prefetchnta | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchw | Prefetch | Reservednop => {
             Some(nop)
         }

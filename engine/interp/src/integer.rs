@@ -472,6 +472,16 @@ pub fn nop(_: &mut Cpu, _: &Op) -> Exec {
     Ok(())
 }
 
+/// PAUSE: the guest waits for another vCPU, which may need this host processor. Not every time: most waits are short.
+pub fn pause(c: &mut Cpu, _: &Op) -> Exec {
+    const PATIENCE: u32 = 64;
+    c.pauses = c.pauses.wrapping_add(1);
+    if c.pauses.is_multiple_of(PATIENCE) {
+        c.yield_now();
+    }
+    Ok(())
+}
+
 // ---- stack ----
 
 pub fn push_r<T: Word>(c: &mut Cpu, op: &Op) -> Exec {

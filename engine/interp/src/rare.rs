@@ -140,7 +140,6 @@ pub fn execute(c: &mut Cpu, op: &Op) -> Exec {
         // Hints, what is one without control-flow enforcement, and fences: RAM is accessed in program order already, and the host's own order is no weaker than the guest's.
         Mnemonic::Nop
         | Mnemonic::Reservednop
-        | Mnemonic::Pause
         | Mnemonic::Endbr32
         | Mnemonic::Endbr64
         | Mnemonic::Rdsspd

@@ -111,6 +111,7 @@ impl InterpVcpu {
             io: IoReplay::default(),
             delivering: None,
             debug_trap: 0,
+            pauses: 0,
             repeating: false,
             step_trap: false,
             eoi: None,

@@ -260,6 +260,16 @@ impl Cpu {
         self.mailbox().executing.store(executing, SeqCst);
     }
 
+    /// Lets other threads of the host run first, if there are other vCPUs that this one may be waiting for.
+    pub fn yield_now(&mut self) {
+        if self.vm.vcpus.len() > 1 {
+            self.set_executing(false);
+            std::thread::yield_now();
+            self.set_executing(true);
+            self.serve_others();
+        }
+    }
+
     /// Serves the requests that others wait for. Called before guest memory is touched after a pause, and while waiting.
     pub fn serve_others(&mut self) {
         let vm = Arc::clone(&self.vm);
