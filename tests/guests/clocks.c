@@ -114,6 +114,15 @@ static void hpet_level_handler(struct frame *f)
     (void)f;
 }
 
+/* The line stays up: without the mask the interrupt would come for ever. */
+static void sci_handler(struct frame *f)
+{
+    (void)f;
+    interrupts++;
+    ioapic_write(0x10 + acpi()->sci * 2, IOAPIC_MASKED);
+    apic_eoi();
+}
+
 static bool come(u32 n)
 {
     enable_interrupts();
@@ -204,7 +213,7 @@ static void sci(void)
     out16(a->pm1_event, 0x01);
     out16(a->pm1_event + 2, 0x01);
     out16(a->pm1_control, in16(a->pm1_control) | 1);
-    on(0x53, apic_handler);
+    on(0x53, sci_handler);
     ioapic_route(a->sci, 0x53 | IOAPIC_LEVEL, apic_id());
     interrupts = 0;
     enable_interrupts();
@@ -212,7 +221,6 @@ static void sci(void)
     disable_interrupts();
     check_true("SCI: the PM timer's", came);
     check("SCI: its status", in16(a->pm1_event) & 1, 1);
-    ioapic_route(a->sci, IOAPIC_MASKED, 0);
     out16(a->pm1_event + 2, 0);
     out16(a->pm1_event, 1);
     check("SCI: cleared", in16(a->pm1_event) & 1, 0);
@@ -244,6 +252,7 @@ void run(void)
     u64 now = rdtsc();
     wrmsr(0x10, now + (1ull << 40));
     /* QEMU ignores it. */
-    check_true("TSC: set forward", under_tcg() || rdtsc() - now >= 1ull << 40);
+    if (!under_tcg() && !left_out("setting the TSC"))
+        check_true("TSC: set forward", rdtsc() - now >= 1ull << 40);
     rate("PM timer: and the TSC goes on as before", pm_clock, PM_TIMER_HZ, tsc_hz);
 }

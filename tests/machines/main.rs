@@ -67,3 +67,10 @@ fn starts_again_after_resets() {
 fn clocks() {
     Guest::new("clocks").runs();
 }
+
+#[test]
+fn smp() {
+    for cpus in [1, 2, 4] {
+        Guest::new("smp").cpus(cpus).runs();
+    }
+}
