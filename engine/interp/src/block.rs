@@ -173,11 +173,19 @@ impl Cpu {
         let jump = &self.blocks.jumps[(linear ^ linear >> 12) as usize % JUMPS];
         if jump.linear == linear && jump.key == self.blocks.key {
             // SAFETY: blocks live until `clear`, which moves the key on.
-            if unsafe { (*jump.block).is_current() } {
+            let block = unsafe { &*jump.block };
+            if block.is_current() && self.within_code_segment(block) {
                 return Ok(jump.block);
             }
         }
         self.block_slow(linear)
+    }
+
+    /// Whether all of a block at RIP is within the limit of the code segment.
+    #[inline(always)]
+    fn within_code_segment(&self, block: &Block) -> bool {
+        let limit = u64::from(self.segments[seg::CS as usize].limit);
+        self.long64() || self.rip() + block.bytes.len() as u64 <= limit + 1
     }
 
     #[cold]
@@ -213,7 +221,7 @@ impl Cpu {
         // SAFETY: as above.
         let decoded = unsafe { &mut *block };
         decoded.linear = linear;
-        if !self.long64() && self.rip() + decoded.bytes.len() as u64 > limit + 1 {
+        if !self.within_code_segment(decoded) {
             // Part of it is beyond the code segment: one instruction at a time, each with a look at the limit.
             return self.decode_one(linear);
         }

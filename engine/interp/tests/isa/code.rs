@@ -4,10 +4,12 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use lodger_interp::InterpEngine;
 
-use crate::machine::{CODE, DATA, END_OF_PROGRAM, End, KERNEL, Machine, Mode};
+use crate::machine::{CODE, DATA, END_OF_PROGRAM, End, KERNEL, LOW_TABLE, Machine, Mode};
 
 const TICKS: u64 = 100_000;
 const FUNCTION: u64 = CODE + 0x1000;
+/// The page-table entries of the programs' pages.
+const ENTRIES: u64 = KERNEL + LOW_TABLE;
 
 /// Runs 64-bit code of ring 0 at [`CODE`]; EAX at its end.
 fn run(program: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> u64 {
@@ -27,20 +29,24 @@ fn run(program: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> u64
 }
 
 #[test]
-fn a_function_changes_between_calls() {
-    // Both addresses of the function have been executed before; then it changes through one of the two, and each is called.
-    for changed_through in [0, KERNEL] {
-        for order in [[0, KERNEL], [KERNEL, 0]] {
-            let sum = run(|a| {
-                a.mov(rbx, FUNCTION)?;
-                a.mov(rsi, FUNCTION + KERNEL)?;
-                a.call(rbx)?;
-                a.call(rsi)?;
-                a.mov(rdi, FUNCTION + changed_through)?;
+fn a_function_with_two_addresses_changes() {
+    // Both addresses of the function have been executed before; then it changes through one of them, and each is called.
+    let alias = DATA + 0xe000;
+    let addresses = [FUNCTION, alias];
+    for changed_through in addresses {
+        for order in [[FUNCTION, alias], [alias, FUNCTION]] {
+            let results = run(|a| {
+                a.mov(rbx, ENTRIES + 8 * (alias >> 12))?;
+                a.mov(qword_ptr(rbx), (FUNCTION | 3) as i32)?;
+                for address in addresses {
+                    a.mov(rcx, address)?;
+                    a.call(rcx)?;
+                }
+                a.mov(rdi, changed_through)?;
                 a.mov(byte_ptr(rdi + 1), 7)?;
                 a.xor(edx, edx)?;
                 for address in order {
-                    a.mov(rcx, FUNCTION + address)?;
+                    a.mov(rcx, address)?;
                     a.call(rcx)?;
                     a.shl(edx, 4)?;
                     a.or(edx, eax)?;
@@ -48,7 +54,7 @@ fn a_function_changes_between_calls() {
                 a.mov(eax, edx)
             });
             assert_eq!(
-                sum, 0x77,
+                results, 0x77,
                 "through {changed_through:x}, called by {order:x?}"
             );
         }
@@ -112,7 +118,7 @@ fn a_loop_patches_itself() {
 fn a_page_changes_places() {
     // The page of the function is mapped to other memory, with INVLPG, and back by a load of CR3.
     let sum = run(|a| {
-        let entry = KERNEL + 0x1_3000 + 8 * (FUNCTION >> 12);
+        let entry = ENTRIES + 8 * (FUNCTION >> 12);
         a.mov(rbx, FUNCTION)?;
         a.mov(r9, entry)?;
         a.mov(r10, DATA + KERNEL)?;

@@ -26,7 +26,8 @@ const HANDLERS: u64 = 0x4000;
 const KERNEL_STACK: u64 = 0x1_0000;
 const KERNEL_STACK_SIZE: u64 = 0x800;
 const PML4: u64 = 0x1_0000;
-const LOW_TABLE: u64 = PML4 + 0x3000;
+/// Physical address of the last level of long mode's page tables for the low 2 MiB.
+pub const LOW_TABLE: u64 = PML4 + 0x3000;
 const DIRECTORY32: u64 = PML4 + 0x7000;
 const LOW_TABLE32: u64 = PML4 + 0x8000;
 
