@@ -32,7 +32,10 @@ fn build(source: &Path, runtime: &Path, out: &Path) {
     let linked = out.join(format!("{name}.elf"));
     let mut gcc = Command::new(std::env::var_os("CC").unwrap_or("gcc".into()));
     gcc.arg(mode).args(FLAGS.split_whitespace());
-    gcc.arg("-I").arg(runtime).arg("-T").arg(runtime.join("link.ld"));
+    gcc.arg("-I")
+        .arg(runtime)
+        .arg("-T")
+        .arg(runtime.join("link.ld"));
     gcc.arg("-o").arg(&linked).arg(runtime.join(start));
     gcc.args(["rt.c", "chips.c", "virtio.c"].map(|file| runtime.join(file)));
     gcc.arg(source);
