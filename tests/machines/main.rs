@@ -74,3 +74,10 @@ fn smp() {
         Guest::new("smp").cpus(cpus).runs();
     }
 }
+
+#[test]
+fn self_modifying_code() {
+    let disk = tempfile::NamedTempFile::new().expect("a file");
+    disk.as_file().set_len(1 << 20).expect("a disk");
+    Guest::new("smc").append("disk").disk(disk.path()).runs();
+}
