@@ -104,13 +104,23 @@ pub fn string<K: StringOp, T: Alu>(c: &mut Cpu, op: &Op) -> Exec {
     if op.dst == rep::NONE {
         return K::step::<T>(c, op);
     }
-    let mut budget = BUDGET;
-    let flags = c.flags;
     if op.address_shift == 32 {
         for &register in K::EXTENDED {
             set_sized(c, op, register, c.regs[register as usize]);
         }
     }
+    let flags = c.flags;
+    let result = repeat::<K, T>(c, op);
+    if K::COMPARES && result.is_err() {
+        // The flags change when the repetition ends (SDM vol. 2, REP).
+        c.flags = flags;
+    }
+    result
+}
+
+#[inline(always)]
+fn repeat<K: StringOp, T: Alu>(c: &mut Cpu, op: &Op) -> Exec {
+    let mut budget = BUDGET;
     loop {
         let count = c.regs[gpr::RCX as usize] & mask(op);
         if count == 0 {
@@ -123,13 +133,7 @@ pub fn string<K: StringOp, T: Alu>(c: &mut Cpu, op: &Op) -> Exec {
             K::bulk::<T>(c, op, count)
         };
         let done = if bulk == 0 {
-            if let Err(stop) = K::step::<T>(c, op) {
-                if K::COMPARES && stop == Stop::Fault {
-                    // As if no iteration had been done (SDM vol. 2, REP).
-                    c.flags = flags;
-                }
-                return Err(stop);
-            }
+            K::step::<T>(c, op)?;
             c.io.clear();
             1
         } else {

@@ -9,12 +9,15 @@ use std::sync::Arc;
 
 use lodger_clock::LiveClock;
 use lodger_guest_memory::{GuestMemory, RamRange};
-use lodger_vcpu::{Engine, EngineVm, Entry, Exit, Vcpu, VmConfig};
+use lodger_vcpu::{Engine, Entry, Exit, Vcpu, VmConfig};
 use lodger_x86::bits::{cr0, cr4, efer, xcr0};
 use lodger_x86::{CpuModel, CpuState, DescriptorTable, Segment};
 
-/// Bytes of RAM; behind it is no memory.
-pub const RAM: u64 = 0x10_0000;
+/// Bytes of RAM.
+const RAM: u64 = 0x10_0000;
+/// Where the machine's only device is, behind RAM, and its size.
+pub const DEVICE: u64 = 0x20_0000;
+const DEVICE_SIZE: usize = 0x1_0000;
 const GDT: u64 = 0x1000;
 const LDT: u64 = 0x1800;
 const IDT: u64 = 0x2000;
@@ -143,9 +146,10 @@ pub struct Outcome {
 /// A machine with one or more vCPUs.
 pub struct Machine {
     pub memory: GuestMemory,
-    pub vm: Arc<dyn EngineVm>,
     pub vcpus: Vec<Box<dyn Vcpu>>,
     pub mode: Mode,
+    /// A device that remembers what is written to it, at guest-physical [`DEVICE`].
+    pub device: Vec<u8>,
 }
 
 /// A descriptor of a segment; `attributes` as in [`Segment`].
@@ -172,20 +176,21 @@ impl Machine {
             })
             .unwrap();
         let vcpus = (0..vcpus).map(|i| vm.create_vcpu(i).unwrap()).collect();
-        let machine = Machine {
+        let mut machine = Machine {
             memory,
-            vm,
             vcpus,
             mode,
+            device: vec![0; DEVICE_SIZE],
         };
         machine.reset_memory();
         machine
     }
 
     /// Puts all tables in place and clears the programs' memory.
-    pub fn reset_memory(&self) {
+    pub fn reset_memory(&mut self) {
         self.write_tables();
         self.map_pages();
+        self.device.fill(0);
         for page in [0, 1] {
             self.memory.write(CODE + (page << 12), &[0; 4096]).unwrap();
         }
@@ -209,10 +214,23 @@ impl Machine {
         data
     }
 
+    /// What the data pages hold.
+    pub fn data(&self) -> Vec<u8> {
+        let pages = DATA_PAGES
+            .iter()
+            .map(|(page, _)| self.bytes(DATA + (page << 12), 4096));
+        pages.collect::<Vec<_>>().concat()
+    }
+
     /// Sets the flags of a low page's entry, in long mode's tables and in those for 32-bit paging; the address stays.
     pub fn set_page(&self, page: u64, flags: u64) {
-        self.put64(LOW_TABLE + 8 * page, page << 12 | flags);
-        self.put32(LOW_TABLE32 + 4 * page, (page << 12 | flags) as u32);
+        self.map_page(page, page << 12 | flags);
+    }
+
+    /// Sets a low page's entry.
+    pub fn map_page(&self, page: u64, entry: u64) {
+        self.put64(LOW_TABLE + 8 * page, entry);
+        self.put32(LOW_TABLE32 + 4 * page, entry as u32);
     }
 
     /// An interrupt gate of long mode to code of ring 0.
@@ -412,19 +430,34 @@ impl Machine {
 
     /// Runs the first vCPU from `start` until the program ends, for at most `limit` instructions.
     pub fn run(&mut self, start: &CpuState, limit: u64) -> Outcome {
-        self.run_vcpu(0, start, limit)
-    }
-
-    /// The same for any vCPU.
-    pub fn run_vcpu(&mut self, index: usize, start: &CpuState, limit: u64) -> Outcome {
-        let vcpu = &mut *self.vcpus[index];
-        vcpu.load(start).unwrap();
-        let outcome = finish(vcpu, limit);
+        self.vcpus[0].load(start).unwrap();
+        let outcome = finish(&mut *self.vcpus[0], &mut self.device, limit);
         self.interrupted(start, outcome)
     }
 
+    /// The same in steps of one instruction, at each of which the state is stored and loaded again. `each` sees it.
+    pub fn run_in_steps(
+        &mut self,
+        start: &CpuState,
+        limit: u64,
+        mut each: impl FnMut(u64, &CpuState),
+    ) -> Outcome {
+        let mut state = start.clone();
+        for tick in 1..=limit {
+            self.vcpus[0].load(&state).unwrap();
+            let mut outcome = finish(&mut *self.vcpus[0], &mut self.device, 1);
+            outcome.ticks += tick - 1;
+            if outcome.end != End::TickLimit || tick == limit {
+                return self.interrupted(start, outcome);
+            }
+            state = outcome.state;
+            each(tick, &state);
+        }
+        unreachable!("the limit is not zero")
+    }
+
     /// Turns the state in a handler into that of the interrupted program.
-    pub fn interrupted(&self, start: &CpuState, mut outcome: Outcome) -> Outcome {
+    fn interrupted(&self, start: &CpuState, mut outcome: Outcome) -> Outcome {
         let End::Exception { vector, error } = &mut outcome.end else {
             return outcome;
         };
@@ -483,8 +516,14 @@ fn small(selector: u16, base: u64, attributes: u16) -> Segment {
     }
 }
 
+/// `size` bytes of the device; `None`: nothing is there.
+fn register(device: &mut [u8], address: u64, size: u8) -> Option<&mut [u8]> {
+    let at = address.checked_sub(DEVICE)? as usize;
+    device.get_mut(at..at + usize::from(size))
+}
+
 /// Runs a loaded vCPU until the program ends.
-pub fn finish(vcpu: &mut dyn Vcpu, limit: u64) -> Outcome {
+fn finish(vcpu: &mut dyn Vcpu, device: &mut [u8], limit: u64) -> Outcome {
     let before = vcpu.ticks();
     vcpu.set_tick_limit(Some(before + limit));
     let mut entry = Entry::Resume;
@@ -501,7 +540,7 @@ pub fn finish(vcpu: &mut dyn Vcpu, limit: u64) -> Outcome {
                     state.rip -= END_OF_PROGRAM.len() as u64;
                     End::Done
                 } else {
-                    let offset = state.segments[1].base + state.rip - 2 & 0xfff;
+                    let offset = (state.segments[1].base + state.rip - 2) & 0xfff;
                     End::Exception {
                         vector: (offset / 16) as u8,
                         error: 0,
@@ -514,16 +553,30 @@ pub fn finish(vcpu: &mut dyn Vcpu, limit: u64) -> Outcome {
                 };
             }
             Exit::PortRead { port, size } => {
-                entry = Entry::Data(u64::from(port) * 0x1111_1111 & u64::MAX >> (64 - 8 * size));
+                entry = Entry::Data((u64::from(port) * 0x1111_1111) & u64::MAX >> (64 - 8 * size));
                 continue;
             }
             Exit::MmioRead { address, size } => {
-                entry = Entry::Data(
-                    address.wrapping_mul(0x0101_0101_0101_0101) & u64::MAX >> (64 - 8 * size),
-                );
+                let mut value = [0xff; 8];
+                if let Some(register) = register(device, address, size) {
+                    value[..size.into()].copy_from_slice(register);
+                }
+                let value = u64::from_le_bytes(value) & u64::MAX >> (64 - 8 * size);
+                entry = Entry::Data(value);
                 continue;
             }
-            Exit::PortWrite { .. } | Exit::MmioWrite { .. } => {
+            Exit::MmioWrite {
+                address,
+                size,
+                value,
+            } => {
+                if let Some(register) = register(device, address, size) {
+                    register.copy_from_slice(&value.to_le_bytes()[..size.into()]);
+                }
+                entry = Entry::Written;
+                continue;
+            }
+            Exit::PortWrite { .. } => {
                 entry = Entry::Written;
                 continue;
             }

@@ -10,5 +10,7 @@ mod differential;
 mod host;
 mod lines;
 mod machine;
+mod program;
 mod random;
 mod smp;
+mod variants;
