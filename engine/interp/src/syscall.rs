@@ -92,8 +92,16 @@ pub fn sysret(c: &mut Cpu, long: bool) -> Exec {
     Err(Stop::EndBlock)
 }
 
+/// SYSENTER and SYSEXIT in long mode are Intel's; AMD's processors do not have them there (APM vol. 3).
+fn has_sysenter(c: &Cpu) -> bool {
+    !(c.long_mode() && c.vm.is_amd)
+}
+
 /// SYSENTER.
 pub fn sysenter(c: &mut Cpu) -> Exec {
+    if !has_sysenter(c) {
+        return c.ud();
+    }
     let cs = c.msrs.sysenter_cs as u16;
     if c.real_mode() || cs & !3 == 0 {
         return c.gp0();
@@ -107,6 +115,9 @@ pub fn sysenter(c: &mut Cpu) -> Exec {
 
 /// SYSEXIT; `long`: to 64-bit mode.
 pub fn sysexit(c: &mut Cpu, long: bool) -> Exec {
+    if !has_sysenter(c) {
+        return c.ud();
+    }
     let cs = c.msrs.sysenter_cs as u16;
     if c.real_mode() || cs & !3 == 0 {
         return c.gp0();

@@ -106,6 +106,8 @@ pub struct VmShared {
     pub model: Arc<CpuModel>,
     /// Physical address bits (CPUID 8000_0008h).
     pub physical_bits: u32,
+    /// The model is a processor of AMD's.
+    pub is_amd: bool,
     /// Control register bits that the model has.
     pub cr4_bits: u64,
     pub xcr0_bits: u64,
@@ -147,9 +149,11 @@ impl VmShared {
         let [size, ..] = config
             .model
             .lookup(0x8000_0008, 0, &CpuidContext::default());
+        let [_, vendor, ..] = config.model.lookup(0, 0, &CpuidContext::default());
         VmShared {
             ram: Ram::new(&config.memory),
             clock: config.clock,
+            is_amd: vendor == u32::from_le_bytes(*b"Auth"),
             physical_bits: (size & 0xff).clamp(32, 52),
             cr4_bits: config.model.cr4_bits(),
             xcr0_bits: config.model.xcr0_bits(),

@@ -163,29 +163,13 @@ fn syscall_needs_its_enable_bit_and_sysret_ring_0() {
 }
 
 #[test]
-fn sysenter_and_sysexit() {
-    let mut m = Machine::long(3);
-    m.state.msrs.sysenter_cs = 0x8;
-    m.state.msrs.sysenter_eip = CODE2;
-    m.state.msrs.sysenter_esp = STACK0;
-    m.state.rflags = 0x202;
-    m.code(64, CODE, |a| a.sysenter());
-    m.code(64, CODE2, |a| {
-        a.mov(r8d, cs)?;
-        a.mov(r9, rsp)?;
-        a.mov(edx, CODE2 as u32 + 0x100)?;
-        a.mov(ecx, STACK as u32)?;
-        a.sysexitq()
-    });
-    m.code(64, CODE2 + 0x100, |a| {
-        a.mov(r10d, cs)?;
-        a.end()
-    });
-    let stack = m.expect(END);
-    let g = &m.state.gpr;
-    assert_eq!([g[8], g[9], g[10]], [8, STACK0, 0x2b]);
-    assert_eq!(stack[3..5], [STACK, 0x33]);
-    assert_eq!(stack[2] & 0x200, 0, "IF stays as SYSENTER left it");
+fn sysenter_and_sysexit_are_not_there_on_amd() {
+    for code in [[0x0f, 0x34], [0x0f, 0x35]] {
+        let mut m = Machine::long(0);
+        m.state.msrs.sysenter_cs = 8;
+        m.memory.write(CODE, &code).unwrap();
+        assert_eq!(m.expect(UD)[0], CODE);
+    }
 }
 
 #[test]

@@ -645,3 +645,29 @@ fn sixteen_bit_code_and_stack() {
     assert_eq!(m.state.gpr[4], 0x1_8000, "the upper half of ESP is kept");
     assert_eq!(m.state.gpr[1], back | u64::from(sel::CODE0) << 16);
 }
+
+#[test]
+fn sysenter_and_sysexit() {
+    let mut m = Machine::protected(3);
+    m.state.msrs.sysenter_cs = 0x8;
+    m.state.msrs.sysenter_eip = CODE2;
+    m.state.msrs.sysenter_esp = STACK0;
+    m.state.rflags = 0x202;
+    m.code(32, CODE, |a| a.sysenter());
+    m.code(32, CODE2, |a| {
+        a.mov(ebx, cs)?;
+        a.mov(esi, esp)?;
+        a.mov(edx, CODE2 as u32 + 0x100)?;
+        a.mov(ecx, STACK as u32)?;
+        a.sysexit()
+    });
+    m.code(32, CODE2 + 0x100, |a| {
+        a.mov(edi, cs)?;
+        a.end()
+    });
+    let stack = m.expect(END);
+    let g = &m.state.gpr;
+    assert_eq!([g[3], g[6], g[7]], [8, STACK0, 0x1b]);
+    assert_eq!(stack[2] & 0x200, 0, "IF stays as SYSENTER left it");
+    assert_eq!(stack[3..5], [STACK, 0x23]);
+}
