@@ -81,3 +81,8 @@ fn self_modifying_code() {
     disk.as_file().set_len(1 << 20).expect("a disk");
     Guest::new("smc").append("disk").disk(disk.path()).runs();
 }
+
+#[test]
+fn modes() {
+    Guest::new("modes").runs();
+}
