@@ -165,18 +165,18 @@ fn random_bytes(rng: &mut Rng, mode: Mode) -> Vec<u8> {
         78..84 => bytes.extend([0x0f, 0x38]),
         84..88 => bytes.extend([0x0f, 0x3a]),
         _ => {
-            // VEX, with its prefix bytes random.
+            // VEX, with its prefix bytes random; many instructions want all ones for the register in it.
+            let unused = if rng.one_in(2) { 0x78 } else { 0 };
             let fields = rng.next() as u8;
-            let low = if mode.bitness() == 64 {
-                fields
-            } else {
-                fields | 0xc0
+            let low = match mode.bitness() {
+                64 => fields,
+                _ => fields | 0xc0,
             };
             if rng.one_in(2) {
-                bytes.extend([0xc5, low]);
+                bytes.extend([0xc5, low | unused]);
             } else {
                 let map = rng.pick(&[1, 2, 2, 3]);
-                bytes.extend([0xc4, low & 0xe0 | map, rng.next() as u8]);
+                bytes.extend([0xc4, low & 0xe0 | map, rng.next() as u8 | unused]);
             }
         }
     }
