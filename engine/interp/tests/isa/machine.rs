@@ -549,7 +549,8 @@ fn finish(vcpu: &mut dyn Vcpu, device: &mut [u8], limit: u64) -> Outcome {
                 return Outcome {
                     end,
                     state,
-                    ticks: vcpu.ticks() - before - 1,
+                    // An engine may not count.
+                    ticks: (vcpu.ticks() - before).saturating_sub(1),
                 };
             }
             Exit::PortRead { port, size } => {
