@@ -216,31 +216,44 @@ impl Cpu {
                 .or_else(|e| self.raise(e))?;
         }
         self.check_canonical(linear, data.len() as u64, segment)?;
-        if linear % PAGE + data.len() as u64 > PAGE {
+        let crosses = linear % PAGE + data.len() as u64 > PAGE;
+        if crosses {
             self.check_write(linear, data.len() as u64, segment)?;
         }
-        let mut at = linear;
-        let mut rest = data;
-        while !rest.is_empty() {
-            let n = rest.len().min((PAGE - at % PAGE) as usize);
-            let (part, tail) = rest.split_at(n);
-            match self.place(at, segment, Access::Write)? {
-                Place::Ram(host, physical) => {
-                    // SAFETY: `place` gave a pointer to RAM, and `n` stays within the page.
-                    unsafe { store_bytes(host, part) };
-                    self.wrote(physical);
-                }
-                Place::Device(address) => {
-                    for (i, chunk) in part.chunks(8).enumerate() {
-                        let mut value = [0; 8];
-                        value[..chunk.len()].copy_from_slice(chunk);
-                        let value = u64::from_le_bytes(value);
-                        self.device_write(address + 8 * i as u64, chunk.len() as u8, value)?;
+        // What lies in a device goes first: when the instruction is executed again, the RAM that it may have read is as it
+        // was.
+        let passes: &[(bool, bool)] = match crosses {
+            true => &[(true, false), (false, true)],
+            false => &[(true, true)],
+        };
+        for &(devices, ram) in passes {
+            let mut at = linear;
+            let mut rest = data;
+            while !rest.is_empty() {
+                let n = rest.len().min((PAGE - at % PAGE) as usize);
+                let (part, tail) = rest.split_at(n);
+                match self.place(at, segment, Access::Write)? {
+                    Place::Ram(host, physical) if ram => {
+                        // SAFETY: `place` gave a pointer to RAM, and `n` stays within the page.
+                        unsafe { store_bytes(host, part) };
+                        self.wrote(physical);
                     }
+                    Place::Device(address) if devices => self.device_write_bytes(address, part)?,
+                    _ => {}
                 }
+                at = self.wrap(at.wrapping_add(n as u64));
+                rest = tail;
             }
-            at = self.wrap(at.wrapping_add(n as u64));
-            rest = tail;
+        }
+        Ok(())
+    }
+
+    fn device_write_bytes(&mut self, address: u64, data: &[u8]) -> Exec {
+        for (i, chunk) in data.chunks(8).enumerate() {
+            let mut value = [0; 8];
+            value[..chunk.len()].copy_from_slice(chunk);
+            let value = u64::from_le_bytes(value);
+            self.device_write(address + 8 * i as u64, chunk.len() as u8, value)?;
         }
         Ok(())
     }

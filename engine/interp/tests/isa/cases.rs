@@ -5,7 +5,8 @@ use lodger_interp::InterpEngine;
 use crate::host::Host;
 use crate::lines::{self, Case, Machines};
 
-const FILES: [(&str, &str); 7] = [
+const FILES: [(&str, &str); 8] = [
+    ("devices", include_str!("cases/devices.txt")),
     ("integer", include_str!("cases/integer.txt")),
     ("stack", include_str!("cases/stack.txt")),
     ("string", include_str!("cases/string.txt")),

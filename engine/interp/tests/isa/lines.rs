@@ -8,7 +8,7 @@
 //! * before: `rax=1` ... `r15=`, `at=20ffe` (where the code is), `fl=c,z,ac,iopl3` (flags that are set), `[30010]=aabb` (bytes in
 //!   memory), `+smep -wp` (bits of CR0, CR4, EFER), `pte31=7` (flags of a page), `map31=200007` (its whole entry; a device that
 //!   remembers what is written is at 200000), `ds.limit=`, `.base=`, `.attr=`, `.sel=`, `dr7=`,
-//!   `cr2=`, `xmm1=`, `mxcsr=`, `fcw=`, `fsw=`, `ftw=`, `paging` (32-bit paging), `nohost` (not to be compared with the host);
+//!   `cr2=`, `xmm1=`, `mxcsr=`, `fcw=`, `fsw=`, `ftw=`, `paging` and `pae` (32-bit paging), `nohost` (not to be compared with the host);
 //! * after: the same, and `#PF(7)` (an exception and its error code), `#int30`, `shutdown`, `rip=+3` (from the code's start; by default
 //!   the start after an exception, else the end), `fl=c,?a` (AF is undefined), `ticks=3`.
 
@@ -233,6 +233,8 @@ fn set_bit(state: &mut CpuState, token: &str) {
         "am" => (&mut state.cr0, cr0::AM),
         "tsd" => (&mut state.cr4, cr4::TSD),
         "de" => (&mut state.cr4, cr4::DE),
+        "pse" => (&mut state.cr4, cr4::PSE),
+        "pae" => (&mut state.cr4, cr4::PAE),
         "pge" => (&mut state.cr4, cr4::PGE),
         "osfxsr" => (&mut state.cr4, cr4::OSFXSR),
         "osxmmexcpt" => (&mut state.cr4, cr4::OSXMMEXCPT),
@@ -298,9 +300,14 @@ impl Case {
             match name.as_str() {
                 "at" | "nohost" => {}
                 "fl" => state.rflags = flags(value).0 | 2,
-                "paging" => {
-                    state.cr3 = machine.cr3_for_32_bit_paging();
+                "paging" | "pae" => {
+                    let pae = name == "pae";
+                    state.cr3 = machine.cr3_for_32_bit_paging(pae);
                     state.cr0 |= cr0::PG | cr0::WP;
+                    if pae {
+                        state.cr4 |= cr4::PAE;
+                        state.efer |= efer::NXE;
+                    }
                 }
                 n if n.starts_with(['+', '-']) => set_bit(&mut state, n),
                 n if n.starts_with('[') => {}

@@ -33,6 +33,8 @@ const PML4: u64 = 0x1_0000;
 pub const LOW_TABLE: u64 = PML4 + 0x3000;
 const DIRECTORY32: u64 = PML4 + 0x7000;
 const LOW_TABLE32: u64 = PML4 + 0x8000;
+const POINTERS_PAE: u64 = PML4 + 0x9000;
+const LOW_TABLE_PAE: u64 = PML4 + 0xb000;
 
 /// Where the machine's own tables are in long mode: RAM from here on, for ring 0.
 pub const KERNEL: u64 = 0xffff_8000_0000_0000;
@@ -231,6 +233,7 @@ impl Machine {
     pub fn map_page(&self, page: u64, entry: u64) {
         self.put64(LOW_TABLE + 8 * page, entry);
         self.put32(LOW_TABLE32 + 4 * page, entry as u32);
+        self.put64(LOW_TABLE_PAE + 8 * page, entry);
     }
 
     /// An interrupt gate of long mode to code of ring 0.
@@ -241,9 +244,10 @@ impl Machine {
         self.put64(at + 8, handler >> 32);
     }
 
-    /// CR3 for 32-bit paging, which maps the low 1 MiB: the programs' pages as in long mode, the rest for ring 0.
-    pub fn cr3_for_32_bit_paging(&self) -> u64 {
-        DIRECTORY32
+    /// CR3 for 32-bit paging, without and with PAE: maps the low 1 MiB, the programs' pages as in long mode, the rest for
+    /// ring 0.
+    pub fn cr3_for_32_bit_paging(&self, pae: bool) -> u64 {
+        if pae { POINTERS_PAE } else { DIRECTORY32 }
     }
 
     fn write_tables(&self) {
@@ -324,10 +328,23 @@ impl Machine {
         ] {
             self.put64(at, entry);
         }
-        self.put32(DIRECTORY32, LOW_TABLE32 as u32 | 7);
+        // What earlier programs may have set.
+        for table in [
+            PML4 + 0x1000,
+            PML4 + 0x2000,
+            DIRECTORY32,
+            POINTERS_PAE,
+            POINTERS_PAE + 0x1000,
+        ] {
+            self.put64(table + 8, 0);
+        }
+        self.put64(DIRECTORY32, LOW_TABLE32 | 7);
+        self.put64(POINTERS_PAE, (POINTERS_PAE + 0x1000) | 1);
+        self.put64(POINTERS_PAE + 0x1000, LOW_TABLE_PAE | 7);
         for page in 0..RAM >> 12 {
             self.put64(PML4 + 0x6000 + 8 * page, page << 12 | 3);
             self.put32(LOW_TABLE32 + 4 * page, (page << 12) as u32 | 3);
+            self.put64(LOW_TABLE_PAE + 8 * page, page << 12 | 3);
         }
         for page in [CODE >> 12, (CODE >> 12) + 1] {
             self.set_page(page, 3 | user);
