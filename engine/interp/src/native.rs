@@ -65,14 +65,16 @@ fn run<const CLASS: u8, const MEMORY: u8>(c: &mut Cpu, op: &Op) -> Exec {
         } else {
             Access::Write
         };
+        let place = c.operand(op, len, access);
         if let Some(align) = native.align {
-            // Before the segment's limit.
-            let linear = c.offset(op).wrapping_add(c.bases[(op.seg & 7) as usize]);
+            // Goes before the segment's limit.
+            let linear =
+                place.unwrap_or_else(|_| c.offset(op).wrapping_add(c.bases[(op.seg & 7) as usize]));
             if linear & u64::from(align - 1) != 0 {
                 return c.gp0();
             }
         }
-        linear = c.operand(op, len, access)?;
+        linear = place?;
         if MEMORY == READ {
             c.stage(linear, op.seg, len as usize)?;
         } else {

@@ -175,7 +175,7 @@ fn compare(program: &Program, guest: &Outcome, native: &HostOutcome) -> Vec<Stri
 
 fn fuzz(mode: Mode) {
     let mut bench = Bench::new(mode);
-    search(mode, 20_000, |program| bench.differences(program));
+    search(mode, 8_000, |program| bench.differences(program));
 }
 
 #[test]

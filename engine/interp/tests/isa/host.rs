@@ -2,7 +2,7 @@
 //! loaded before and stored after it, and catches its faults.
 //!
 //! Code and data lie at the same linear addresses as in a [`machine`](crate::machine). The 16-bit segments are in this
-//! process's LDT.
+//! process's LDT. The host must have AVX, FSGSBASE and 32-bit emulation, and permit modify_ldt.
 
 use std::arch::asm;
 use std::ptr;

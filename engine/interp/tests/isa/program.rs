@@ -18,7 +18,7 @@ pub struct Program {
     pub pieces: Vec<Piece>,
     /// Where the code begins, from [`CODE`].
     offset: usize,
-    memory_seed: u64,
+    pub memory_seed: u64,
 }
 
 impl Program {
