@@ -119,9 +119,9 @@ fn count(at: u64, count: u32, add: &dyn Fn(&mut CodeAssembler) -> Result<(), Ice
 fn locked_instructions_lose_nothing() {
     // Aligned, across cache lines, across pages.
     for (at, n) in [
-        (DATA + 0x100, 30_000),
-        (DATA + 0x13d, 3_000),
-        (DATA + 0xffd, 1_500),
+        (DATA + 0x100, 20_000),
+        (DATA + 0x13d, 2_000),
+        (DATA + 0xffd, 800),
     ] {
         let total = 4 * u64::from(n);
         let inc = |a: &mut CodeAssembler| a.lock().inc(dword_ptr(rbx));

@@ -1,0 +1,5 @@
+//! The `lodger` executable from end to end, as users and scripts see it.
+
+mod boot;
+mod cli;
+mod process;
