@@ -557,7 +557,7 @@ mod tests {
         };
         for (error, expected) in [
             (
-                Err::<(), _>(full).while_trying("write", Path::new("/c/work/a")),
+                Err::<(), _>(full).while_trying("write", Path::new("/c/building/a")),
                 true,
             ),
             (Err(tool("cannot copy: No space left on device")), true),
