@@ -14,7 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use lodger_clock::SharedClock;
-use lodger_lapic::{Address, Ipi};
+use lodger_lapic::{Address, Ipi, IpiMode};
 use lodger_softmmu::Ram;
 use lodger_vcpu::{Capabilities, Engine, EngineError, EngineVm, Kick, Vcpu, VmConfig};
 use lodger_x86::{CpuModel, CpuidContext};
@@ -173,9 +173,25 @@ impl VmShared {
             .map(|v| Address::from_bits(v.address.load(SeqCst)))
             .collect();
         for target in ipi.targets(&addresses, sender.map(|s| s as usize)) {
-            lock(&self.vcpus[target].messages).push(ipi);
+            enqueue(&mut lock(&self.vcpus[target].messages), ipi);
             self.vcpus[target].request(request::MAIL);
         }
+    }
+}
+
+/// Adds a message to those that wait. What would have no effect of its own is left out, so that a guest that sends faster
+/// than the receiver reads cannot make the queue grow: an interrupt that is requested already, a start-up message behind another, and
+/// whatever an INIT undoes.
+fn enqueue(waiting: &mut Vec<Ipi>, ipi: Ipi) {
+    if ipi.mode == IpiMode::Init {
+        waiting.retain(|w| !matches!(w.mode, IpiMode::Init | IpiMode::StartUp));
+    }
+    let same = |w: &Ipi| {
+        w.mode == ipi.mode
+            && (ipi.mode == IpiMode::StartUp || (w.vector, w.level) == (ipi.vector, ipi.level))
+    };
+    if !waiting.iter().any(same) {
+        waiting.push(ipi);
     }
 }
 
@@ -338,5 +354,42 @@ impl Cpu {
         // What was asked while this vCPU waited.
         self.serve_others();
         world
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lodger_lapic::Destination;
+
+    fn ipi(mode: IpiMode, vector: u8, destination: u32) -> Ipi {
+        Ipi {
+            destination: Destination::Physical(destination),
+            mode,
+            vector,
+            level: false,
+        }
+    }
+
+    #[test]
+    fn a_flood_of_messages_stays_bounded_and_keeps_its_effect() {
+        use IpiMode::*;
+        let mut waiting = Vec::new();
+        for n in 0..100_000_u32 {
+            for mode in [Fixed, Nmi, Init, StartUp] {
+                enqueue(&mut waiting, ipi(mode, n as u8, n));
+            }
+        }
+        assert!(waiting.len() <= 256 + 256 + 2, "{}", waiting.len());
+        let modes: Vec<_> = waiting[waiting.len() - 2..]
+            .iter()
+            .map(|w| w.mode)
+            .collect();
+        assert_eq!(modes, [Init, StartUp], "the last INIT and what followed it");
+        enqueue(&mut waiting, ipi(Init, 0, 0));
+        assert!(
+            waiting.iter().all(|w| w.mode != StartUp),
+            "INIT waits again"
+        );
     }
 }
