@@ -14,6 +14,11 @@ fn paging() {
 }
 
 #[test]
+fn paging_of_32_bits() {
+    Guest::new("paging32").runs();
+}
+
+#[test]
 fn interrupts() {
     Guest::new("interrupts").runs();
 }
