@@ -234,7 +234,7 @@ impl Cpu {
     }
 
     /// Guest-physical address of code at `linear`.
-    fn fetch_address(&mut self, linear: u64) -> Exec<u64> {
+    pub fn fetch_address(&mut self, linear: u64) -> Exec<u64> {
         let (page, slot) = (linear & !(PAGE - 1), (linear >> 12) as usize % FETCHES);
         let fetch = self.blocks.fetches[slot];
         if fetch.linear == page && fetch.key == self.blocks.key {
@@ -278,7 +278,7 @@ impl Cpu {
     }
 
     /// Declares that code of the page at `physical` is going to be cached; its version. `None`: not RAM.
-    fn watch(&mut self, physical: u64) -> Option<u32> {
+    pub fn watch(&mut self, physical: u64) -> Option<u32> {
         let vm = self.vm.clone();
         let page = vm.ram.page(physical)?;
         let (version, writable_somewhere) = page.tracker.watch_code(page.index);
@@ -290,7 +290,7 @@ impl Cpu {
     }
 
     /// Reads code within one page; not RAM reads as ones.
-    fn peek(&self, physical: u64, data: &mut [u8]) {
+    pub fn peek(&self, physical: u64, data: &mut [u8]) {
         match self.vm.ram.page(physical) {
             None => data.fill(0xff),
             Some(page) => {

@@ -13,17 +13,22 @@ impl Cpu {
     pub fn flush_all(&mut self) {
         self.tlb.flush();
         self.blocks.mapping_changed();
+        self.changes.everything();
     }
 
     /// Drops all translations but those of global pages.
     pub fn flush_local(&mut self) {
         self.tlb.flush_local();
         self.blocks.mapping_changed();
+        self.changes.local = true;
     }
 
     /// Drops the translation of the page at `linear`.
     pub fn flush_page(&mut self, linear: u64) {
-        self.tlb.flush_page(linear);
+        match self.tlb.flush_page(linear) {
+            true => self.changes.everything(),
+            false => self.changes.page(linear),
+        }
         self.blocks.mapping_changed();
     }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use lodger_host_sys::low::LowBox;
 use lodger_lapic::Lapic;
 use lodger_native::{NativeState, StubCache};
 use lodger_softmmu::{MmuIndex, Tlb};
@@ -13,6 +14,7 @@ use lodger_x86::{Activity, DescriptorTable, Exception, Msrs, Segment};
 use crate::block::BlockCache;
 use crate::breakpoint::Watch;
 use crate::io::IoReplay;
+use crate::translator::Changes;
 use crate::vm::VmShared;
 use crate::word::Word;
 
@@ -123,7 +125,8 @@ pub struct Cpu {
     pub dr6: u64,
     pub dr7: u64,
     pub msrs: Msrs,
-    pub native: Box<NativeState>,
+    /// At an address that does not change, and below 2 GiB.
+    pub native: LowBox<NativeState>,
     pub stubs: StubCache,
     pub lapic: Lapic,
     pub tsc_base: u64,
@@ -146,6 +149,8 @@ pub struct Cpu {
     pub watch: Watch,
 
     pub tlb: Tlb,
+    /// What happened to cached translations, for a translator.
+    pub changes: Changes,
     pub blocks: BlockCache,
 
     /// The exception of [`Stop::Fault`].
@@ -328,6 +333,7 @@ impl Cpu {
         if watch != self.watch {
             self.watch = watch;
             self.tlb.flush();
+            self.changes.everything();
         }
     }
 }

@@ -36,6 +36,7 @@ impl Cpu {
         address.store(bits, std::sync::atomic::Ordering::SeqCst);
         // The register page may have moved.
         self.tlb.flush();
+        self.changes.everything();
     }
 
     fn carry_out(&mut self, effects: Effects) {

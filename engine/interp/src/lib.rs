@@ -44,8 +44,11 @@ mod syscall;
 mod system;
 mod task;
 mod transfer;
+mod translator;
 mod vm;
 mod word;
 
+pub use cpu::{CodeSize, Cpu, RIP};
 pub use features::host_features;
-pub use vm::InterpEngine;
+pub use translator::{Changes, Next, Translator};
+pub use vm::{InterpEngine, create_vm};

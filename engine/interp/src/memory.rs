@@ -3,7 +3,7 @@
 //!
 //! Page-crossing and otherwise slow accesses check all of their pages before they change anything.
 
-use lodger_softmmu::MmuIndex;
+use lodger_softmmu::{Direction, MmuIndex};
 use lodger_vcpu::Exit;
 use lodger_x86::paging::{Access, Privilege, Translation};
 use lodger_x86::{ApicMode, Exception};
@@ -73,9 +73,8 @@ impl Cpu {
     /// Reads at a linear address with the current privilege. `segment` only decides between #GP and #SS.
     #[inline(always)]
     pub fn read<T: Word>(&mut self, linear: u64, segment: u8) -> Exec<T> {
-        let entry = self.tlb.entry(self.mmu, linear);
-        if entry.read == linear & !(PAGE - 1) && linear & (PAGE - 1) <= PAGE - T::SIZE {
-            let host = linear.wrapping_add(entry.addend) as *const u8;
+        let entry = self.tlb.entry(self.mmu, Direction::Read, linear);
+        if let Some(host) = entry.host(linear, T::SIZE) {
             // SAFETY: a TLB entry covers the whole page of its tag, and the access stays within it.
             return Ok(unsafe { T::load(host) });
         }
@@ -85,9 +84,8 @@ impl Cpu {
     /// Writes at a linear address with the current privilege.
     #[inline(always)]
     pub fn write<T: Word>(&mut self, linear: u64, segment: u8, value: T) -> Exec {
-        let entry = self.tlb.entry(self.mmu, linear);
-        if entry.write == linear & !(PAGE - 1) && linear & (PAGE - 1) <= PAGE - T::SIZE {
-            let host = linear.wrapping_add(entry.addend) as *mut u8;
+        let entry = self.tlb.entry(self.mmu, Direction::Write, linear);
+        if let Some(host) = entry.host(linear, T::SIZE) {
             // SAFETY: a TLB entry covers the whole page of its tag, and the access stays within it.
             unsafe { T::store(host, value) };
             return Ok(());
@@ -117,9 +115,8 @@ impl Cpu {
         lock: bool,
         mut update: impl FnMut(T) -> (T, R),
     ) -> Exec<R> {
-        let entry = self.tlb.entry(self.mmu, linear);
-        if entry.write == linear & !(PAGE - 1) && linear & (PAGE - 1) <= PAGE - T::SIZE {
-            let host = linear.wrapping_add(entry.addend) as *mut u8;
+        let entry = self.tlb.entry(self.mmu, Direction::Write, linear);
+        if let Some(host) = entry.host(linear, T::SIZE) {
             if lock {
                 // SAFETY: as in `write`.
                 return Ok(unsafe { atomically(host, update) });
@@ -288,8 +285,8 @@ impl Cpu {
 
     /// See [`Cpu::writable`].
     pub fn wrote_at(&mut self, linear: u64) {
-        let entry = self.tlb.entry(self.mmu, linear);
-        if entry.write != linear & !(PAGE - 1)
+        let entry = self.tlb.entry(self.mmu, Direction::Write, linear);
+        if entry.host(linear, 1).is_none()
             && let Ok(translation) = self.translate(linear, Access::Write)
         {
             self.wrote(translation.page);
@@ -339,18 +336,13 @@ impl Cpu {
     /// Translates a page for data access, filling the TLB; the exception is raised.
     fn place(&mut self, linear: u64, segment: u8, access: Access) -> Exec<Place> {
         self.check_canonical(linear, 1, segment)?;
-        let entry = *self.tlb.entry(self.mmu, linear);
-        let tag = linear & !(PAGE - 1);
-        let hit = match access {
-            Access::Write => entry.write == tag,
-            _ => entry.read == tag,
+        let direction = match access {
+            Access::Write => Direction::Write,
+            _ => Direction::Read,
         };
-        if hit {
+        if let Some(host) = self.tlb.entry(self.mmu, direction, linear).host(linear, 1) {
             // A page-crossing access to pages that are in the TLB. A write entry means: nothing to report.
-            return Ok(Place::Ram(
-                linear.wrapping_add(entry.addend) as *mut u8,
-                u64::MAX,
-            ));
+            return Ok(Place::Ram(host, u64::MAX));
         }
         let translation = self.translate(linear, access)?;
         let physical = translation.page | linear & (PAGE - 1);
@@ -380,6 +372,21 @@ impl Cpu {
         // SAFETY: the offset stays within the page.
         let host = unsafe { page.host.add((linear & (PAGE - 1)) as usize) };
         Ok(Place::Ram(host, physical))
+    }
+
+    /// Fills the TLB so that an access of `size` bytes at `linear` hits, as far as that is possible: not if it faults, leaves the page,
+    /// or is to a device or (writing) to code.
+    pub fn prepare(&mut self, linear: u64, size: u64, access: Access) -> bool {
+        linear & (PAGE - 1) <= PAGE - size
+            && matches!(self.place(linear, seg::NONE, access), Ok(Place::Ram(_, _)))
+            && {
+                let direction = match access {
+                    Access::Write => Direction::Write,
+                    _ => Direction::Read,
+                };
+                let entry = self.tlb.entry(self.mmu, direction, linear);
+                entry.host(linear, size).is_some()
+            }
     }
 
     /// Walks the page tables with the current privilege; a page fault is raised.

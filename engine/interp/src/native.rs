@@ -5,6 +5,7 @@
 
 use iced_x86::OpKind;
 use lodger_native::{Class, Guest, MemUse, Native, NativeState, Outcome};
+use lodger_softmmu::Direction;
 use lodger_x86::bits::{STATUS_FLAGS, cr0, cr4, xcr0};
 use lodger_x86::paging::Access;
 use lodger_x86::{Exception, Vector};
@@ -113,7 +114,7 @@ fn run_floating_point_store(c: &mut Cpu, op: &Op, native: &Native) -> Exec {
         Stored::Yes => place.and_then(|linear| c.unstage(linear, op.seg, len as usize)),
     };
     if let (Err(_), Some(before)) = (stored, before) {
-        c.native = before;
+        *c.native = before;
     }
     stored
 }
@@ -293,17 +294,18 @@ impl Cpu {
     /// A TLB entry permits a write of the whole operand.
     #[inline(always)]
     fn is_writable_at_once(&self, linear: u64, len: u64) -> bool {
-        let entry = self.tlb.entry(self.mmu, linear);
-        entry.write == linear & !0xfff && linear & 0xfff <= 0x1000 - len
+        let entry = self.tlb.entry(self.mmu, Direction::Write, linear);
+        entry.host(linear, len).is_some()
     }
 
     /// Reads a memory operand into the staging area.
     #[inline(always)]
     fn stage(&mut self, linear: u64, segment: u8, len: usize) -> Exec {
-        let entry = self.tlb.entry(self.mmu, linear);
-        let inside = linear & 0xfff <= 0x1000 - len as u64;
-        if entry.read == linear & !0xfff && inside && len >= 8 && len.is_multiple_of(8) {
-            let host = linear.wrapping_add(entry.addend) as *const u8;
+        let entry = self.tlb.entry(self.mmu, Direction::Read, linear);
+        if let Some(host) = entry.host(linear, len as u64)
+            && len >= 8
+            && len.is_multiple_of(8)
+        {
             for at in (0..len).step_by(8) {
                 // SAFETY: the operand lies within the page that the TLB entry covers.
                 let word = unsafe { u64::load(host.add(at)) };
@@ -329,10 +331,11 @@ impl Cpu {
     /// Writes the staging area to a memory operand.
     #[inline(always)]
     fn unstage(&mut self, linear: u64, segment: u8, len: usize) -> Exec {
-        let entry = self.tlb.entry(self.mmu, linear);
-        let inside = linear & 0xfff <= 0x1000 - len as u64;
-        if entry.write == linear & !0xfff && inside && len >= 8 && len.is_multiple_of(8) {
-            let host = linear.wrapping_add(entry.addend) as *mut u8;
+        let entry = self.tlb.entry(self.mmu, Direction::Write, linear);
+        if let Some(host) = entry.host(linear, len as u64)
+            && len >= 8
+            && len.is_multiple_of(8)
+        {
             for at in (0..len).step_by(8) {
                 let word = self.native.staging[at..at + 8].try_into().expect("8 bytes");
                 // SAFETY: the operand lies within the page that the TLB entry covers.

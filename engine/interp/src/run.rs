@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
+use lodger_host_sys::low::LowBox;
 use lodger_lapic::{Ipi, IpiMode, Lapic};
 use lodger_native::{NativeState, StubCache};
 use lodger_softmmu::{MmuIndex, Tlb};
@@ -17,6 +18,7 @@ use crate::block::{Block, BlockCache};
 use crate::breakpoint::Watch;
 use crate::cpu::{CodeSize, Cpu, Event, Exec, RIP, Stop};
 use crate::io::IoReplay;
+use crate::translator::{Changes, Next, Translator};
 use crate::vm::{Handle, Mailbox, VmShared, request};
 
 /// Instructions between two looks at the clock: some tens of microseconds.
@@ -54,8 +56,9 @@ enum Taken {
 }
 
 /// An interpreted vCPU behind the engine seam.
-pub struct InterpVcpu {
-    cpu: Box<Cpu>,
+pub struct InterpVcpu<T> {
+    cpu: LowBox<Cpu>,
+    translator: T,
     /// The I/O that the entry must complete.
     pending: Option<Exit>,
     /// The latest blocks, a ring.
@@ -63,12 +66,17 @@ pub struct InterpVcpu {
     position: usize,
 }
 
-impl InterpVcpu {
-    pub(crate) fn new(index: u32, vm: Arc<VmShared>) -> Result<InterpVcpu, EngineError> {
-        let stubs = StubCache::new().map_err(|source| EngineError::Host {
-            what: "cannot get executable memory for native instructions".into(),
+impl<T: Translator> InterpVcpu<T> {
+    pub(crate) fn new(
+        index: u32,
+        vm: Arc<VmShared>,
+        make: impl Fn(&Cpu) -> Result<T, EngineError>,
+    ) -> Result<InterpVcpu<T>, EngineError> {
+        let no_memory = |source| EngineError::Host {
+            what: "cannot get memory for a vCPU in the lowest 2 GiB of the address space".into(),
             source,
-        })?;
+        };
+        let stubs = StubCache::new().map_err(no_memory)?;
         let state = CpuState::reset(index, vm.model.signature());
         let cpu = Cpu {
             regs: [0; 32],
@@ -91,7 +99,7 @@ impl InterpVcpu {
             dr6: 0,
             dr7: 0,
             msrs: Default::default(),
-            native: Box::new(NativeState::new()),
+            native: LowBox::new(NativeState::new()).map_err(no_memory)?,
             stubs,
             lapic: Lapic::new(LapicState::reset(index, index == 0)),
             tsc_base: 0,
@@ -104,7 +112,11 @@ impl InterpVcpu {
             stack_mask: 0xffff,
             mmu: MmuIndex::Kernel,
             watch: Watch::default(),
-            tlb: Tlb::new(),
+            tlb: Tlb::new().map_err(no_memory)?,
+            changes: Changes {
+                wanted: !T::ABSENT,
+                ..Changes::default()
+            },
             blocks: BlockCache::new(vm.vcpus.len()),
             fault: Exception::UD,
             exit: None,
@@ -123,8 +135,10 @@ impl InterpVcpu {
             index,
             vm,
         };
+        let cpu = LowBox::new(cpu).map_err(no_memory)?;
         let mut vcpu = InterpVcpu {
-            cpu: Box::new(cpu),
+            translator: make(&cpu)?,
+            cpu,
             pending: None,
             history: [Visit::default(); HISTORY],
             position: 0,
@@ -138,10 +152,22 @@ impl InterpVcpu {
         loop {
             let c = &mut *self.cpu;
             let requests = c.vm.vcpus[c.index as usize].requests.load(SeqCst);
-            if (requests != 0 || c.check_events || c.ticks >= c.next_check)
-                && let Some(exit) = c.attend()
-            {
-                return exit;
+            if requests != 0 || c.check_events || c.ticks >= c.next_check {
+                if let Some(exit) = c.attend() {
+                    return exit;
+                }
+                if !T::ABSENT {
+                    self.translator.due(c, c.timer_deadline());
+                }
+            }
+            let stepping = c.shadow
+                || c.flags & (RFlags::TF | RFlags::RF).bits() != 0
+                || c.watch.any()
+                || c.io.is_active();
+            // Ticks are exact, but only the interpreter counts.
+            let translated = !T::ABSENT && !stepping && c.tick_limit.is_none();
+            if translated && self.translator.run(c) == Next::Attend {
+                continue;
             }
             let block = match c.block() {
                 Ok(block) => block,
@@ -160,14 +186,11 @@ impl InterpVcpu {
                 ticks: c.ticks,
             };
             self.position += 1;
-            let stepping = c.shadow
-                || c.flags & (RFlags::TF | RFlags::RF).bits() != 0
-                || c.watch.any()
-                || c.io.is_active();
             let stop = if stepping {
                 c.step(block)
             } else {
-                c.run_block(block)
+                let most = if translated { 1 } else { u64::MAX };
+                c.run_block(block, most)
             };
             match stop {
                 Ok(()) | Err(Stop::EndBlock) => {}
@@ -184,8 +207,10 @@ impl InterpVcpu {
 impl Cpu {
     /// Executes a block, as far as the tick limit allows.
     #[inline(always)]
-    fn run_block(&mut self, block: &Block) -> Exec {
-        let most = (self.next_check - self.ticks).min(block.ops.len() as u64);
+    fn run_block(&mut self, block: &Block, most: u64) -> Exec {
+        let most = (self.next_check - self.ticks)
+            .min(block.ops.len() as u64)
+            .min(most);
         for (i, op) in block.ops[..most as usize].iter().enumerate() {
             self.regs[RIP as usize] = self.regs[RIP as usize].wrapping_add(u64::from(op.len));
             if let Err(stop) = (op.run)(self, op) {
@@ -314,6 +339,9 @@ impl Cpu {
                     .take_messages()
                     .into_iter()
                     .for_each(|ipi| self.receive(ipi));
+            }
+            if mailbox.take(request::CODE) {
+                self.changes.code.extend(mailbox.take_code_writes());
             }
             mailbox.take(request::LOOK);
             if self.tick_limit.is_some_and(|limit| self.ticks >= limit) {
@@ -479,8 +507,7 @@ impl Cpu {
         {
             self.pdptes = pdptes;
         }
-        self.tlb.flush();
-        self.blocks.mapping_changed();
+        self.flush_all();
         self.update_mode();
         self.delivering = None;
         self.repeating = false;
@@ -523,7 +550,7 @@ impl Cpu {
     }
 }
 
-impl Vcpu for InterpVcpu {
+impl<T: Translator> Vcpu for InterpVcpu<T> {
     fn run(&mut self, entry: Entry) -> Result<Exit, EngineError> {
         match (self.pending.take(), entry) {
             (None, Entry::Resume) => {}

@@ -5,6 +5,7 @@
 
 use std::arch::asm;
 
+use lodger_softmmu::Direction;
 use lodger_x86::bits::RFlags;
 use lodger_x86::paging::Access;
 
@@ -89,14 +90,17 @@ fn span<T: Word>(c: &Cpu, op: &Op, segment: u8, reg: u8, write: bool) -> Option<
         }
         linear &= 0xffff_ffff;
     }
-    let entry = c.tlb.entry(c.mmu, linear);
-    let tag = if write { entry.write } else { entry.read };
-    if tag != linear & !0xfff || c.flag(RFlags::DF) {
+    if c.flag(RFlags::DF) {
         return None;
     }
+    let direction = match write {
+        true => Direction::Write,
+        false => Direction::Read,
+    };
+    let host = c.tlb.entry(c.mmu, direction, linear).host(linear, 1)?;
     // The offset must not wrap on the way.
     let room = (0x1000 - (linear & 0xfff)).min((mask(op) - offset).saturating_add(1));
-    Some((linear.wrapping_add(entry.addend) as *mut u8, room / T::SIZE))
+    Some((host, room / T::SIZE))
 }
 
 /// A string instruction, repeated as `op.dst` says.

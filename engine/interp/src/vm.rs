@@ -14,6 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use lodger_clock::SharedClock;
+use lodger_guest_memory::PAGE_SIZE;
 use lodger_lapic::{Address, Ipi, IpiMode};
 use lodger_softmmu::Ram;
 use lodger_vcpu::{Capabilities, Engine, EngineError, EngineVm, Kick, Vcpu, VmConfig};
@@ -21,6 +22,7 @@ use lodger_x86::{CpuModel, CpuidContext};
 
 use crate::cpu::Cpu;
 use crate::run::InterpVcpu;
+use crate::translator::{Absent, Translator};
 
 /// Request bits of a vCPU.
 pub mod request {
@@ -34,6 +36,8 @@ pub mod request {
     pub const PARK: u32 = 8;
     /// An interrupt line changed.
     pub const LOOK: u32 = 16;
+    /// Code was written.
+    pub const CODE: u32 = 32;
 }
 
 /// vCPUs of one VM, at most: APIC IDs below the broadcast address, with room for the IOAPIC.
@@ -74,27 +78,60 @@ impl Engine for InterpEngine {
                 ),
             });
         }
-        Ok(Arc::new(InterpVm(Arc::new(VmShared::new(config)))))
+        Ok(Arc::new(InterpVm {
+            shared: Arc::new(VmShared::new(config)),
+            make: |_: &Cpu| Ok(Absent),
+        }))
     }
 }
 
-struct InterpVm(Arc<VmShared>);
+/// Makes a VM whose vCPUs run code by the translators that `make` gives.
+pub fn create_vm<T: Translator + 'static>(
+    config: VmConfig,
+    make: impl Fn(&Cpu) -> Result<T, EngineError> + Send + Sync + 'static,
+) -> Arc<dyn EngineVm> {
+    let memory = config.memory.clone();
+    let shared = Arc::new(VmShared::new(config));
+    for range in memory.ranges() {
+        let start = range.start;
+        let vm = Arc::downgrade(&shared);
+        let first = memory.host_page(start).expect("a range starts with RAM");
+        first.tracker.on_code_write(move |page| {
+            let vm = vm.upgrade();
+            vm.iter()
+                .for_each(|vm| vm.code_written(start + page as u64 * PAGE_SIZE));
+            vm.is_some()
+        });
+    }
+    Arc::new(InterpVm { shared, make })
+}
 
-impl EngineVm for InterpVm {
+struct InterpVm<F> {
+    shared: Arc<VmShared>,
+    /// Makes a vCPU's translator.
+    make: F,
+}
+
+impl<T, F> EngineVm for InterpVm<F>
+where
+    T: Translator + 'static,
+    F: Fn(&Cpu) -> Result<T, EngineError> + Send + Sync,
+{
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, EngineError> {
-        Ok(Box::new(InterpVcpu::new(index, Arc::clone(&self.0))?))
+        let vm = Arc::clone(&self.shared);
+        Ok(Box::new(InterpVcpu::new(index, vm, &self.make)?))
     }
 
     fn send_msi(&self, address: u64, data: u32) {
         if let Some(ipi) = Ipi::from_msi(address, data) {
-            self.0.send(ipi, None);
+            self.shared.send(ipi, None);
         }
     }
 
     fn set_intr(&self, level: bool) {
-        self.0.intr.store(level, SeqCst);
+        self.shared.intr.store(level, SeqCst);
         if level {
-            self.0.vcpus[0].request(request::LOOK);
+            self.shared.vcpus[0].request(request::LOOK);
         }
     }
 }
@@ -125,6 +162,8 @@ pub struct Mailbox {
     executing: AtomicBool,
     messages: Mutex<Vec<Ipi>>,
     protect: Mutex<Protect>,
+    /// Guest-physical pages whose code was written.
+    code: Mutex<Vec<u64>>,
     /// How many protections have been carried out.
     protected: AtomicU64,
     /// The local APIC's [`Address`].
@@ -165,6 +204,19 @@ impl VmShared {
         }
     }
 
+    /// Tells every vCPU that guest-physical `page` held code and was written. Each holds the page's code again before this can happen
+    /// again, so the lists stay short.
+    fn code_written(&self, page: u64) {
+        for vcpu in &self.vcpus {
+            let mut pages = lock(&vcpu.code);
+            if !pages.contains(&page) {
+                pages.push(page);
+            }
+            drop(pages);
+            vcpu.request(request::CODE);
+        }
+    }
+
     /// Delivers an interrupt message; `sender`: the vCPU that sent it.
     pub fn send(&self, ipi: Ipi, sender: Option<u32>) {
         let addresses: Vec<Address> = self
@@ -202,6 +254,7 @@ impl Mailbox {
             executing: AtomicBool::new(false),
             messages: Mutex::new(Vec::new()),
             protect: Mutex::new(Protect::default()),
+            code: Mutex::new(Vec::new()),
             protected: AtomicU64::new(0),
             address: AtomicU64::new(0),
             asleep: Mutex::new(()),
@@ -221,6 +274,11 @@ impl Mailbox {
     /// Takes back one request bit; whether it was set.
     pub fn take(&self, bit: u32) -> bool {
         self.requests.load(SeqCst) & bit != 0 && self.requests.fetch_and(!bit, SeqCst) & bit != 0
+    }
+
+    /// Takes the pages whose code was written.
+    pub fn take_code_writes(&self) -> Vec<u64> {
+        std::mem::take(&mut *lock(&self.code))
     }
 
     /// Takes the messages that have arrived.
@@ -305,6 +363,7 @@ impl Cpu {
             let mut protect = lock(&me.protect);
             me.requests.fetch_and(!request::PROTECT, SeqCst);
             for page in protect.pages.drain(..) {
+                self.changes.protect(page);
                 self.tlb.protect(page);
             }
             me.protected.store(protect.asked, SeqCst);
@@ -314,6 +373,7 @@ impl Cpu {
     /// Takes from every vCPU the right to write to guest-physical `page` without reporting.
     pub fn protect_everywhere(&mut self, page: u64) {
         self.tlb.protect(page);
+        self.changes.protect(page);
         let vm = Arc::clone(&self.vm);
         for (i, other) in vm.vcpus.iter().enumerate() {
             if i == self.index as usize {

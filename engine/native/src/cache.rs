@@ -1,16 +1,18 @@
 //! Stubs by instruction form, and their execution.
 
-use crate::code_memory::CodeMemory;
 use crate::form::{self, Class, Form, Kind, MemUse};
 use crate::state::{MXCSR_DEFAULT, NativeState};
 use crate::stub::{self, STATUS_FLAGS};
 use iced_x86::{CodeSize, Instruction, InstructionInfoFactory};
+use lodger_host_sys::executable::ExecutableMemory;
 use std::collections::HashMap;
 use std::io;
 use std::mem;
 
 /// Room for generated code, in bytes: about ten thousand stubs.
 const CAPACITY: usize = 1 << 20;
+/// Entry points are aligned to this, so that a short stub lies in one cache line.
+const ENTRY_ALIGNMENT: usize = 16;
 
 /// There is no room for another stub.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -195,7 +197,7 @@ mod mxcsr {
 
 /// Generates and keeps stubs; one per vCPU.
 pub struct StubCache {
-    memory: CodeMemory,
+    memory: ExecutableMemory,
     stubs: HashMap<Instruction, Native>,
     info: InstructionInfoFactory,
 }
@@ -209,7 +211,7 @@ impl StubCache {
     /// A cache for at most `capacity` bytes of code, a multiple of the page size.
     pub fn with_capacity(capacity: usize) -> io::Result<Self> {
         Ok(Self {
-            memory: CodeMemory::new(capacity)?,
+            memory: ExecutableMemory::new(capacity)?,
             stubs: HashMap::new(),
             info: InstructionInfoFactory::new(),
         })
@@ -233,7 +235,7 @@ impl StubCache {
         let Ok(code) = stub::assemble(&form) else {
             return Ok(None);
         };
-        let address = self.memory.push(&code).ok_or(Full)?;
+        let address = self.memory.push(&code, ENTRY_ALIGNMENT).ok_or(Full)?;
         let native = Native {
             // SAFETY: the address is the entry of code with this signature.
             entry: unsafe { mem::transmute::<*mut u8, Entry>(address.as_ptr()) },
@@ -255,7 +257,7 @@ impl StubCache {
     /// Forgets every stub. No [`Native`] from before may be executed any more.
     pub fn clear(&mut self) {
         self.stubs.clear();
-        self.memory.clear();
+        self.memory.truncate(0);
     }
 }
 

@@ -42,7 +42,6 @@
 #![allow(unsafe_code)]
 
 mod cache;
-mod code_memory;
 mod form;
 mod masked;
 mod state;

@@ -11,4 +11,4 @@ mod ram;
 mod tlb;
 
 pub use ram::{Ram, RamPage};
-pub use tlb::{INVALID, MmuIndex, Tlb, TlbEntry};
+pub use tlb::{Direction, ENTRIES, MmuIndex, Tlb, TlbEntry};

@@ -1,10 +1,13 @@
-//! The TLB: direct-mapped tables of page translations, one per privilege of data access.
+//! The TLB: direct-mapped tables of page translations, one per privilege and direction of data access.
 //!
-//! A hit is one comparison: a tag is the linear address of the page, or [`INVALID`]. Reads and writes have tags of their
-//! own, as a page may be readable but not (yet) writable.
+//! A hit is one comparison: the distance of the address from the tag is at most the page size less that of the access. It fails for
+//! another page and for an access that leaves the page. The layout is known to translated code.
 
-/// A tag that no page has.
-pub const INVALID: u64 = u64::MAX;
+use std::io;
+use std::mem::offset_of;
+
+use lodger_guest_memory::PAGE_SIZE;
+use lodger_host_sys::low::LowBox;
 
 /// Which rights a table was filled with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,63 +21,115 @@ pub enum MmuIndex {
     User = 2,
 }
 
+/// Direction of a data access.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Direction {
+    /// Reads.
+    Read = 0,
+    /// Writes, and reads that a write follows.
+    Write = 1,
+}
+
 /// One translation.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct TlbEntry {
-    /// Linear address of the page if it may be read, else [`INVALID`].
-    pub read: u64,
-    /// Linear address of the page if it may be written, else [`INVALID`].
-    pub write: u64,
-    /// Host address of a byte = its linear address + this (wrapping).
-    pub addend: u64,
-    /// Guest-physical address of the page; bit 0: global, bit 1: the entry is in `filled`.
+    /// Linear address of the page, or of none that the slot could hold.
+    tag: u64,
+    /// Host address of the page.
     page: u64,
 }
 
-const GLOBAL: u64 = 1;
-const LISTED: u64 = 2;
+impl TlbEntry {
+    /// Host address of the access of `size` bytes at `linear`, if this entry permits it.
+    #[inline(always)]
+    pub fn host(&self, linear: u64, size: u64) -> Option<*mut u8> {
+        let offset = linear.wrapping_sub(self.tag);
+        (offset <= PAGE_SIZE - size).then(|| self.page.wrapping_add(offset) as *mut u8)
+    }
+}
 
-const EMPTY: TlbEntry = TlbEntry {
-    read: INVALID,
-    write: INVALID,
-    addend: 0,
-    page: 0,
-};
+/// Entries of one table: they cover 16 MiB.
+pub const ENTRIES: usize = 4096;
 
-/// Entries of one table: 1024 cover 4 MiB; more did not pay for the longer flush.
-const ENTRIES: usize = 1024;
+/// A tag for `slot` that no address which is looked up there is near to.
+const fn invalid(slot: usize) -> TlbEntry {
+    TlbEntry {
+        tag: 1 << 63 | ((slot as u64 ^ 1) << 12),
+        page: 0,
+    }
+}
+
+type Table = [TlbEntry; ENTRIES];
+
+/// The tables as the hot paths see them.
+#[repr(C, align(64))]
+struct Tables([[Table; 2]; 3]);
+
+impl TlbEntry {
+    /// Bytes from the start of an entry to its tag, and to its page's host address.
+    pub const LAYOUT: (usize, usize) = (offset_of!(TlbEntry, tag), offset_of!(TlbEntry, page));
+}
+
+/// What the hot paths need not know of an entry: guest-physical address of the page, and these bits.
+type Facts = u64;
+const GLOBAL: Facts = 1;
+/// The slot is in `filled`.
+const LISTED: Facts = 2;
+const VALID: Facts = 4;
+const BITS: Facts = 0xfff;
 
 /// The data TLB of one vCPU.
 pub struct Tlb {
-    tables: [Box<[TlbEntry; ENTRIES]>; 3],
-    /// Which entries were filled since they were last all flushed, so that a flush need not look at the others.
+    tables: LowBox<Tables>,
+    facts: Box<[[Facts; ENTRIES]; 3]>,
+    /// Which slots were filled since they were last all flushed, so that a flush need not look at the others.
     filled: Vec<(MmuIndex, u16)>,
     /// The smallest aligned range that holds all entered mappings larger than 4 KiB, as address and mask: INVLPG within it
     /// drops everything.
     large: Option<(u64, u64)>,
 }
 
-impl Default for Tlb {
-    fn default() -> Self {
-        Tlb::new()
-    }
+fn slot_of(linear: u64) -> usize {
+    (linear >> 12) as usize % ENTRIES
 }
 
 impl Tlb {
-    /// An empty TLB.
-    pub fn new() -> Tlb {
-        Tlb {
-            tables: std::array::from_fn(|_| Box::new([EMPTY; ENTRIES])),
+    /// An empty TLB. Fails if the host has no memory for it.
+    pub fn new() -> io::Result<Tlb> {
+        // SAFETY: numbers.
+        let mut tables = unsafe { LowBox::<Tables>::zeroed() }?;
+        for table in tables.0.iter_mut().flatten() {
+            for (slot, entry) in table.iter_mut().enumerate() {
+                *entry = invalid(slot);
+            }
+        }
+        Ok(Tlb {
+            tables,
+            facts: vec![[0; ENTRIES]; 3].try_into().expect("three"),
             filled: Vec::new(),
             large: None,
-        }
+        })
+    }
+
+    /// Address of the table for accesses of this kind, for translated code, as long as this TLB lives.
+    pub fn table(&self, index: MmuIndex, direction: Direction) -> u32 {
+        let table = index as usize * 2 + direction as usize;
+        self.tables.address() + (table * size_of::<Table>()) as u32
     }
 
     /// The entry in which a translation of `linear` would be.
     #[inline(always)]
-    pub fn entry(&self, index: MmuIndex, linear: u64) -> &TlbEntry {
-        &self.tables[index as usize][(linear >> 12) as usize % ENTRIES]
+    pub fn entry(&self, index: MmuIndex, direction: Direction, linear: u64) -> &TlbEntry {
+        &self.tables.0[index as usize][direction as usize][(linear >> 12) as usize % ENTRIES]
+    }
+
+    fn clear(&mut self, index: MmuIndex, slot: usize) {
+        for table in &mut self.tables.0[index as usize] {
+            table[slot] = invalid(slot);
+        }
+        self.facts[index as usize][slot] &= LISTED;
     }
 
     /// Enters a translation of the page at `linear` to RAM at `host`, guest-physical `page`. `write`: it may also be
@@ -94,17 +149,19 @@ impl Tlb {
         if size > 4096 {
             self.note_large(linear, size);
         }
-        let slot = (linear >> 12) as usize % ENTRIES;
-        let entry = &mut self.tables[index as usize][slot];
-        if entry.page & LISTED == 0 {
+        let slot = slot_of(linear);
+        let facts = &mut self.facts[index as usize][slot];
+        if *facts & LISTED == 0 {
             self.filled.push((index, slot as u16));
         }
-        *entry = TlbEntry {
-            read: linear,
-            write: if write { linear } else { INVALID },
-            addend: (host as u64).wrapping_sub(linear),
-            page: page | LISTED | if global { GLOBAL } else { 0 },
+        *facts = page | LISTED | VALID | if global { GLOBAL } else { 0 };
+        let entry = TlbEntry {
+            tag: linear,
+            page: host as u64,
         };
+        let [read_table, write_table] = &mut self.tables.0[index as usize];
+        read_table[slot] = entry;
+        write_table[slot] = if write { entry } else { invalid(slot) };
     }
 
     fn note_large(&mut self, linear: u64, size: u64) {
@@ -125,45 +182,52 @@ impl Tlb {
 
     /// Drops everything.
     pub fn flush(&mut self) {
-        for (index, slot) in self.filled.drain(..) {
-            self.tables[index as usize][slot as usize] = EMPTY;
+        for (index, slot) in std::mem::take(&mut self.filled) {
+            self.clear(index, slot.into());
+            self.facts[index as usize][usize::from(slot)] = 0;
         }
         self.large = None;
     }
 
     /// Drops everything but global pages (a CR3 load).
     pub fn flush_local(&mut self) {
-        let tables = &mut self.tables;
-        self.filled.retain(|&(index, slot)| {
-            let entry = &mut tables[index as usize][slot as usize];
-            let stays = entry.page & GLOBAL != 0 && entry.read != INVALID;
+        let mut filled = std::mem::take(&mut self.filled);
+        filled.retain(|&(index, slot)| {
+            let facts = self.facts[index as usize][usize::from(slot)];
+            let stays = facts & GLOBAL != 0 && facts & VALID != 0;
             if !stays {
-                *entry = EMPTY;
+                self.clear(index, slot.into());
+                self.facts[index as usize][usize::from(slot)] = 0;
             }
             stays
         });
+        self.filled = filled;
     }
 
-    /// Drops the translation of the page at `linear` (INVLPG), also if it is part of a large page.
-    pub fn flush_page(&mut self, linear: u64) {
+    /// Drops the translation of the page at `linear` (INVLPG), also if it is part of a large page; whether that meant to
+    /// drop everything.
+    pub fn flush_page(&mut self, linear: u64) -> bool {
         if self.large.is_some_and(|(base, mask)| linear & mask == base) {
-            return self.flush();
+            self.flush();
+            return true;
         }
         let linear = linear & !0xfff;
-        for table in &mut self.tables {
-            let entry = &mut table[(linear >> 12) as usize % ENTRIES];
-            if entry.read == linear {
-                (entry.read, entry.write) = (INVALID, INVALID);
+        for index in [MmuIndex::Kernel, MmuIndex::KernelAc, MmuIndex::User] {
+            if self.entry(index, Direction::Read, linear).tag == linear {
+                self.clear(index, slot_of(linear));
             }
         }
+        false
     }
 
     /// Drops the write permission from all entries of guest-physical `page`: it holds code now.
     pub fn protect(&mut self, page: u64) {
-        let entries = self.tables.iter_mut().flat_map(|t| t.iter_mut());
-        entries
-            .filter(|e| e.page & !(GLOBAL | LISTED) == page)
-            .for_each(|e| e.write = INVALID);
+        for &(index, slot) in &self.filled {
+            let slot = usize::from(slot);
+            if self.facts[index as usize][slot] & !BITS == page {
+                self.tables.0[index as usize][Direction::Write as usize][slot] = invalid(slot);
+            }
+        }
     }
 }
 
@@ -172,8 +236,53 @@ mod tests {
     use super::*;
 
     fn hit(tlb: &Tlb, index: MmuIndex, linear: u64) -> (bool, bool) {
-        let e = tlb.entry(index, linear);
-        (e.read == linear & !0xfff, e.write == linear & !0xfff)
+        let hit = |d| tlb.entry(index, d, linear).host(linear, 1).is_some();
+        (hit(Direction::Read), hit(Direction::Write))
+    }
+
+    #[test]
+    fn an_empty_slot_hits_for_no_address() {
+        let tlb = Tlb::new().unwrap();
+        for page in [
+            0,
+            1,
+            2,
+            4095,
+            1 << 20,
+            1 << 51,
+            (1 << 51) + 1,
+            (1 << 52) - 1,
+        ] {
+            for offset in [0, 1, 4095] {
+                let linear = page << 12 | offset;
+                assert_eq!(
+                    hit(&tlb, MmuIndex::User, linear),
+                    (false, false),
+                    "{linear:#x}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn an_access_that_leaves_the_page_does_not_hit() {
+        let mut ram = [0u8; 4096];
+        let mut tlb = Tlb::new().unwrap();
+        tlb.fill(
+            MmuIndex::User,
+            0x5000,
+            ram.as_mut_ptr(),
+            0x1000,
+            true,
+            false,
+            4096,
+        );
+        let host = |linear, size| {
+            tlb.entry(MmuIndex::User, Direction::Write, linear)
+                .host(linear, size)
+        };
+        assert_eq!(host(0x5ff8, 8), Some(ram.as_mut_ptr().wrapping_add(0xff8)));
+        assert_eq!((host(0x5ff9, 8), host(0x4fff, 2)), (None, None));
     }
 
     #[test]
@@ -181,7 +290,7 @@ mod tests {
         use MmuIndex::*;
         let mut ram = [0u8; 8192];
         let host = ram.as_mut_ptr();
-        let mut tlb = Tlb::new();
+        let mut tlb = Tlb::new().unwrap();
         let (global, local) = (0xffff_8000_0000_1000, 0x40_2000);
         tlb.fill(Kernel, global, host, 0x5000, true, true, 4096);
         tlb.fill(User, local, host, 0x6000, true, false, 4096);
@@ -197,13 +306,13 @@ mod tests {
         tlb.flush_local();
         assert_eq!(hit(&tlb, User, local), (false, false));
         assert_eq!(hit(&tlb, Kernel, global), (true, true));
-        tlb.flush_page(global + 0xfff);
+        assert!(!tlb.flush_page(global + 0xfff));
         assert_eq!(hit(&tlb, Kernel, global), (false, false));
         tlb.fill(User, local, host, 0x6000, true, false, 4096);
         tlb.fill(Kernel, global, host, 0x5000, true, true, 1 << 21);
-        tlb.flush_page(local + 0x20_0000);
+        assert!(!tlb.flush_page(local + 0x20_0000));
         assert_eq!(hit(&tlb, Kernel, global), (true, true), "far away");
-        tlb.flush_page(global + 0x10_0000);
+        assert!(tlb.flush_page(global + 0x10_0000));
         assert_eq!(
             hit(&tlb, Kernel, global),
             (false, false),

@@ -7,14 +7,14 @@
 //! * An engine that caches code from a page sets HAS_CODE ([`Tracker::watch_code`]) and remembers the version.
 //!   The cached code is valid as long as the version is unchanged.
 //! * Every write that does not go through an engine's cached write translation reports itself
-//!   ([`Tracker::note_write`]): it marks the page dirty and, if it holds code, moves the version on.
+//!   ([`Tracker::note_write`]): it marks the page dirty and, if it holds code, moves the version on and tells the listeners.
 //! * A vCPU may cache a write translation for a page (and then write without reporting) only if
 //!   [`Tracker::cache_write`] allows it, that is, only if the page holds no code. When a page with WRITE_CACHED
 //!   becomes code, `watch_code` says so, and the engine must drop that translation on every vCPU before it
 //!   decodes the page.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
 
@@ -33,10 +33,20 @@ pub struct Tracker {
     base: usize,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Pages {
     dirty: Box<[AtomicU64]>,
     code: Box<[AtomicU32]>,
+    listeners: Mutex<Vec<Listener>>,
+}
+
+/// Is told a page whose code was written; false: it need not be told any more.
+type Listener = Box<dyn Fn(usize) -> bool + Send + Sync>;
+
+impl std::fmt::Debug for Pages {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} pages", self.code.len())
+    }
 }
 
 impl Tracker {
@@ -47,6 +57,7 @@ impl Tracker {
             pages: Arc::new(Pages {
                 dirty: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
                 code: (0..pages).map(|_| AtomicU32::new(0)).collect(),
+                listeners: Mutex::default(),
             }),
             base: 0,
         }
@@ -120,11 +131,26 @@ impl Tracker {
         while old & HAS_CODE != 0 {
             let new = (old & !HAS_CODE).wrapping_add(VERSION);
             match word.compare_exchange_weak(old, new, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => return true,
+                Ok(_) => {
+                    self.tell_listeners(page);
+                    return true;
+                }
                 Err(now) => old = now,
             }
         }
         false
+    }
+
+    /// Calls `listener` with every page from now on whose version moves on, from the thread that wrote, until it returns false.
+    pub fn on_code_write(&self, listener: impl Fn(usize) -> bool + Send + Sync + 'static) {
+        let mut listeners = self.pages.listeners.lock().expect("a listener panicked");
+        listeners.push(Box::new(listener));
+    }
+
+    #[cold]
+    fn tell_listeners(&self, page: usize) {
+        let mut listeners = self.pages.listeners.lock().expect("a listener panicked");
+        listeners.retain(|listener| listener(page));
     }
 
     fn mark_page(&self, page: usize) {

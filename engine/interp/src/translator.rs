@@ -1,0 +1,100 @@
+//! The seam to an engine that runs most code translated and leaves the rest to the interpreter.
+//!
+//! Such an engine is a [`Translator`] in the loop of an interpreted vCPU. State, TLB, events, interrupts and everything that it does not
+//! translate are the interpreter's.
+
+use crate::cpu::Cpu;
+
+/// Runs guest code, beside the interpreter, on the same state.
+pub trait Translator: Send + Sized {
+    /// It never runs anything: the interpreter alone.
+    const ABSENT: bool = false;
+
+    /// Runs from the current state, which is at an instruction boundary where nothing else is to be done first: no event, no
+    /// breakpoint, no single step. It looks at [`Cpu::changes`] before it uses anything that it has cached.
+    fn run(&mut self, cpu: &mut Cpu) -> Next;
+
+    /// Events have been looked at; the next one that guest time brings is due at `deadline` (ns of guest time). A translator that does not
+    /// look at the clock must see to it that the vCPU gets a request then.
+    fn due(&mut self, cpu: &Cpu, deadline: Option<u64>);
+}
+
+/// What is to be done after [`Translator::run`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Look at requests and events, then go on.
+    Attend,
+    /// Interpret one instruction, then go on.
+    Interpret,
+}
+
+/// The interpreter alone.
+pub struct Absent;
+
+impl Translator for Absent {
+    const ABSENT: bool = true;
+
+    fn run(&mut self, _: &mut Cpu) -> Next {
+        Next::Interpret
+    }
+
+    fn due(&mut self, _: &Cpu, _: Option<u64>) {}
+}
+
+/// What has happened to cached translations of addresses and code since a translator looked.
+#[derive(Debug, Default)]
+pub struct Changes {
+    /// Somebody looks; otherwise nothing is collected.
+    pub wanted: bool,
+    /// All mappings may have changed.
+    pub all: bool,
+    /// All but global mappings may have changed.
+    pub local: bool,
+    /// Linear pages whose mapping may have changed.
+    pub pages: Vec<u64>,
+    /// Guest-physical pages to which writing has been taken back.
+    pub protected: Vec<u64>,
+    /// Guest-physical pages whose code was written.
+    pub code: Vec<u64>,
+}
+
+/// Single changes that are kept.
+const MOST: usize = 256;
+
+impl Changes {
+    /// Whether there is anything.
+    pub fn any(&self) -> bool {
+        self.all
+            || self.local
+            || !self.pages.is_empty()
+            || !self.protected.is_empty()
+            || !self.code.is_empty()
+    }
+
+    /// All mappings may have changed.
+    pub fn everything(&mut self) {
+        self.all = true;
+        self.pages.clear();
+        self.protected.clear();
+    }
+
+    /// The mapping of the page at `linear` may have changed.
+    pub fn page(&mut self, linear: u64) {
+        if self.pages.len() == MOST {
+            self.everything();
+        }
+        if self.wanted && !self.all {
+            self.pages.push(linear & !0xfff);
+        }
+    }
+
+    /// Nobody may write to guest-physical `page` unreported any more.
+    pub fn protect(&mut self, page: u64) {
+        if self.protected.len() == MOST {
+            self.everything();
+        }
+        if self.wanted && !self.all {
+            self.protected.push(page);
+        }
+    }
+}

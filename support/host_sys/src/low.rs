@@ -1,0 +1,102 @@
+//! Memory in the lowest 2 GiB of the address space, which generated code reaches by absolute 32-bit addresses.
+
+use std::io;
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+
+/// MAP_32BIT of mmap(2), which rustix has no name for.
+pub(crate) const LOW: MapFlags = MapFlags::from_bits_retain(0x40);
+
+/// A value at an address below 2^31 that does not change.
+pub struct LowBox<T> {
+    value: NonNull<T>,
+}
+
+// SAFETY: it owns the value like a Box.
+unsafe impl<T: Send> Send for LowBox<T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for LowBox<T> {}
+
+impl<T> LowBox<T> {
+    /// Moves `value` there. Fails if the host has no such memory.
+    pub fn new(value: T) -> io::Result<LowBox<T>> {
+        let memory = map::<T>()?;
+        // SAFETY: it is mapped, large enough, aligned to a page and used by nobody else.
+        unsafe { memory.write(value) };
+        Ok(LowBox { value: memory })
+    }
+
+    /// A value of zero bytes, made in place; its pages take host memory when first written.
+    ///
+    /// # Safety
+    /// All zero bytes must be a valid `T`.
+    pub unsafe fn zeroed() -> io::Result<LowBox<T>> {
+        Ok(LowBox { value: map::<T>()? })
+    }
+
+    /// Its address.
+    pub fn address(&self) -> u32 {
+        self.value.as_ptr() as usize as u32
+    }
+}
+
+fn map<T>() -> io::Result<NonNull<T>> {
+    const { assert!(align_of::<T>() <= 4096 && size_of::<T>() > 0) };
+    // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
+    let memory = unsafe {
+        mmap_anonymous(
+            std::ptr::null_mut(),
+            size_of::<T>(),
+            ProtFlags::READ | ProtFlags::WRITE,
+            MapFlags::PRIVATE | LOW,
+        )?
+    };
+    assert!((memory as usize + size_of::<T>()) < 1 << 31, "MAP_32BIT");
+    Ok(NonNull::new(memory.cast()).expect("mmap does not choose address zero"))
+}
+
+impl<T> Deref for LowBox<T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        // SAFETY: the value is valid as long as the box.
+        unsafe { self.value.as_ref() }
+    }
+}
+
+impl<T> DerefMut for LowBox<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        // SAFETY: the value is valid as long as the box, which is borrowed exclusively.
+        unsafe { self.value.as_mut() }
+    }
+}
+
+impl<T> Drop for LowBox<T> {
+    fn drop(&mut self) {
+        // SAFETY: the value is valid and dropped once; the range is what mmap returned. munmap can only fail if it is not mapped.
+        unsafe {
+            self.value.drop_in_place();
+            let _ = munmap(self.value.as_ptr().cast(), size_of::<T>());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_low_and_are_dropped() {
+        let shared = std::sync::Arc::new(5);
+        let low = LowBox::new((shared.clone(), [7u8; 5000])).unwrap();
+        assert!(low.address() < 1 << 31);
+        assert_eq!((*low.0, low.1[4999]), (5, 7));
+        drop(low);
+        assert_eq!(std::sync::Arc::strong_count(&shared), 1);
+        // SAFETY: zero is a valid array of numbers.
+        let mut zeroed = unsafe { LowBox::<[u64; 100]>::zeroed() }.unwrap();
+        zeroed[99] += 1;
+        assert_eq!((zeroed[0], zeroed[99]), (0, 1));
+    }
+}
