@@ -88,6 +88,11 @@ fn self_modifying_code() {
 }
 
 #[test]
+fn virtual_8086_mode() {
+    Guest::new("v86_32").runs();
+}
+
+#[test]
 fn modes() {
     Guest::new("modes").runs();
 }
