@@ -101,7 +101,7 @@ static uint64_t threaded(void)
 	return steps << 32 | executed;
 }
 
-/* indirect: calls through a table, in an order that no predictor knows by heart. */
+/* indirect: calls through a table, in a random order that repeats after 1024 calls. */
 
 #define CALLS 100000
 #define SHAPE(n) NOINLINE static uint64_t shape##n(uint64_t x) { return (x ^ n) * (2 * n + 3) + (x >> (n + 1)); }

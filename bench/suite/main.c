@@ -24,6 +24,7 @@
 #include <sys/prctl.h>
 #include <sys/reboot.h>
 #include <sys/stat.h>
+#include <sys/utsname.h>
 #include <sys/wait.h>
 #include <termios.h>
 #include <time.h>
@@ -169,6 +170,22 @@ static void stay_on_this_cpu(void)
 	sched_setaffinity(0, sizeof set, &set);
 }
 
+/* Which mitigations the kernel chooses by the processor it sees decides what system calls cost. */
+static void describe_kernel(void)
+{
+	struct utsname name;
+	char line[4096];
+	const char *isolated = "shared page tables";
+	FILE *f = fopen("/proc/cpuinfo", "r");
+
+	while (f && fgets(line, sizeof line, f))
+		if (!strncmp(line, "flags", 5) && strstr(line, " pti "))
+			isolated = "page table isolation";
+	uname(&name);
+	snprintf(line, sizeof line, "SUITE-KERNEL %s %s, %s", name.sysname, name.release, isolated);
+	say(line);
+}
+
 static void mount_all(void)
 {
 	mkdir("/proc", 0755);
@@ -212,6 +229,7 @@ int main(int argc, char **argv)
 	say("SUITE-INIT");
 	if (is_init)
 		mount_all();
+	describe_kernel();
 	stay_on_this_cpu();
 	run_rows(list, seconds, 0);
 	snprintf(line, sizeof line, "SUITE-ROWS-END %.3f", now() - start);

@@ -29,11 +29,11 @@ static uint64_t map_unmap(void)
 	uint64_t sum = 0;
 
 	for (int i = 0; i < MAPPINGS; i++) {
-		uint8_t *p = mmap(NULL, 16 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		uint8_t *p = mmap(NULL, 4 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 		CHECK(p != MAP_FAILED);
 		p[3 * PAGE] = i;
 		sum += p[3 * PAGE];
-		munmap(p, 16 * PAGE);
+		munmap(p, 4 * PAGE);
 	}
 	return sum;
 }
