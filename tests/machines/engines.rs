@@ -1,5 +1,6 @@
 //! The engines of this host, and what is known not to work on them.
 
+use lodger_dbt_x86::DbtEngine;
 use lodger_interp::InterpEngine;
 use lodger_kvm::KvmEngine;
 use lodger_vcpu::Engine;
@@ -13,7 +14,11 @@ pub struct Candidate {
 
 /// All engines that can run something here.
 pub fn all() -> Vec<Candidate> {
-    let engines: [Box<dyn Engine>; 2] = [Box::new(InterpEngine), Box::new(KvmEngine::new())];
+    let engines: [Box<dyn Engine>; 3] = [
+        Box::new(InterpEngine),
+        Box::new(DbtEngine),
+        Box::new(KvmEngine::new()),
+    ];
     let mut usable = Vec::new();
     for engine in engines {
         match engine.probe() {

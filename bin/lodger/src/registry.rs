@@ -1,5 +1,6 @@
 //! Everything that is linked in and chosen at run time: the engines. Nothing else names one.
 
+use lodger_dbt_x86::DbtEngine;
 use lodger_interp::InterpEngine;
 pub use lodger_interp::host_features;
 use lodger_kvm::KvmEngine;
@@ -25,14 +26,18 @@ const SOFTWARE_TSC_KHZ: u32 = 2_000_000;
 
 /// All engines, fastest first.
 pub fn engines() -> Vec<Box<dyn Engine>> {
-    vec![Box::new(KvmEngine::default()), Box::new(InterpEngine)]
+    vec![
+        Box::new(KvmEngine::default()),
+        Box::new(DbtEngine),
+        Box::new(InterpEngine),
+    ]
 }
 
 /// The engine that the user asked for, or the best one that works here.
 pub fn choose(choice: EngineChoice) -> Result<Chosen, Error> {
     let kvm = || -> Box<dyn Engine> { Box::new(KvmEngine::default()) };
-    let interp = |reason| Chosen {
-        engine: Box::new(InterpEngine),
+    let software = |engine, reason| Chosen {
+        engine,
         reason,
         only_simple_guests: None,
         tsc_khz: SOFTWARE_TSC_KHZ,
@@ -44,10 +49,13 @@ pub fn choose(choice: EngineChoice) -> Result<Chosen, Error> {
         tsc_khz: lodger_host_sys::tsc::frequency_khz(),
     };
     match choice {
-        EngineChoice::Dbt => Err(Error::Usage(
-            "the dbt engine (binary translator) is not there yet; use --engine interp, which runs the same guests more slowly".into(),
-        )),
-        EngineChoice::Interp => Ok(interp("asked for".into())),
+        EngineChoice::Dbt => match DbtEngine.probe() {
+            Ok(_) => Ok(software(Box::new(DbtEngine), "asked for".into())),
+            Err(error) => Err(Error::Engine(format!(
+                "{error}; --engine interp works everywhere"
+            ))),
+        },
+        EngineChoice::Interp => Ok(software(Box::new(InterpEngine), "asked for".into())),
         EngineChoice::Kvm => {
             let engine = kvm();
             match engine.probe() {
@@ -71,7 +79,8 @@ pub fn choose(choice: EngineChoice) -> Result<Chosen, Error> {
                 },
             };
             tracing::info!("not kvm: {why_not}");
-            Ok(interp(format!("not kvm: {} (more: lodger doctor)", first_sentence(&why_not))))
+            let reason = format!("not kvm: {} (more: lodger doctor)", first_sentence(&why_not));
+            Ok(software(Box::new(InterpEngine), reason))
         }
     }
 }

@@ -66,6 +66,7 @@ struct Fetch {
     linear: u64,
     key: u64,
     physical: u64,
+    global: bool,
 }
 
 /// A hash for addresses.
@@ -121,6 +122,7 @@ impl BlockCache {
             linear: 0,
             key: u64::MAX,
             physical: 0,
+            global: false,
         };
         BlockCache {
             jumps: vec![none; JUMPS].into(),
@@ -234,11 +236,16 @@ impl Cpu {
     }
 
     /// Guest-physical address of code at `linear`.
-    pub fn fetch_address(&mut self, linear: u64) -> Exec<u64> {
+    fn fetch_address(&mut self, linear: u64) -> Exec<u64> {
+        Ok(self.fetch(linear)?.0)
+    }
+
+    /// Guest-physical address of code at `linear`, and whether it is mapped there in all address spaces.
+    pub fn fetch(&mut self, linear: u64) -> Exec<(u64, bool)> {
         let (page, slot) = (linear & !(PAGE - 1), (linear >> 12) as usize % FETCHES);
         let fetch = self.blocks.fetches[slot];
         if fetch.linear == page && fetch.key == self.blocks.key {
-            return Ok(fetch.physical | linear & (PAGE - 1));
+            return Ok((fetch.physical | linear & (PAGE - 1), fetch.global));
         }
         if self.long64() && !canonical(linear) {
             return self.gp0();
@@ -249,13 +256,15 @@ impl Cpu {
         }
         let translation = self.translate(linear, Access::Execute);
         self.mmu = mmu;
-        let physical = translation?.page;
+        let translation = translation?;
+        let (physical, global) = (translation.page, translation.global);
         self.blocks.fetches[slot] = Fetch {
             linear: page,
             key: self.blocks.key,
             physical,
+            global,
         };
-        Ok(physical | linear & (PAGE - 1))
+        Ok((physical | linear & (PAGE - 1), global))
     }
 
     /// Takes an outdated block into use again if its own bytes have not changed.

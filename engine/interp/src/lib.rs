@@ -48,7 +48,9 @@ mod translator;
 mod vm;
 mod word;
 
-pub use cpu::{CodeSize, Cpu, RIP};
+pub use cpu::{CodeSize, Cpu, RIP, seg};
 pub use features::host_features;
+pub use memory::canonical;
 pub use translator::{Changes, Next, Translator};
-pub use vm::{InterpEngine, create_vm};
+pub use vm::request::LOOK;
+pub use vm::{InterpEngine, MAX_VCPUS, create_vm};

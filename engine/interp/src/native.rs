@@ -221,8 +221,10 @@ impl Guest for Elements<'_> {
 impl Cpu {
     #[inline(always)]
     fn check_sse(&mut self) -> Exec {
-        let usable = self.cr0 & (cr0::EM | cr0::TS) == 0 && self.cr4 & cr4::OSFXSR != 0;
-        if usable { Ok(()) } else { self.refuse_sse() }
+        match self.sse_usable() {
+            true => Ok(()),
+            false => self.refuse_sse(),
+        }
     }
 
     #[cold]
@@ -233,11 +235,11 @@ impl Cpu {
 
     #[inline(always)]
     fn check_avx(&mut self) -> Exec {
-        const STATE: u64 = xcr0::SSE | xcr0::AVX;
-        let enabled = self.cr4 & cr4::OSXSAVE != 0 && self.xcr0 & STATE == STATE;
-        if enabled && self.cr0 & (cr0::TS | cr0::PE) == cr0::PE && !self.v86() {
+        if self.avx_usable() {
             return Ok(());
         }
+        const STATE: u64 = xcr0::SSE | xcr0::AVX;
+        let enabled = self.cr4 & cr4::OSXSAVE != 0 && self.xcr0 & STATE == STATE;
         let usable = enabled && self.cr0 & cr0::PE != 0 && !self.v86();
         self.raise(if usable { Exception::NM } else { Exception::UD })
     }

@@ -19,7 +19,7 @@ use crate::breakpoint::Watch;
 use crate::cpu::{CodeSize, Cpu, Event, Exec, RIP, Stop};
 use crate::io::IoReplay;
 use crate::translator::{Changes, Next, Translator};
-use crate::vm::{Handle, Mailbox, VmShared, request};
+use crate::vm::{Handle, Mailbox, VmShared, no_memory, request};
 
 /// Instructions between two looks at the clock: some tens of microseconds.
 const CLOCK_INTERVAL: u64 = 4096;
@@ -72,10 +72,6 @@ impl<T: Translator> InterpVcpu<T> {
         vm: Arc<VmShared>,
         make: impl Fn(&Cpu) -> Result<T, EngineError>,
     ) -> Result<InterpVcpu<T>, EngineError> {
-        let no_memory = |source| EngineError::Host {
-            what: "cannot get memory for a vCPU in the lowest 2 GiB of the address space".into(),
-            source,
-        };
         let stubs = StubCache::new().map_err(no_memory)?;
         let state = CpuState::reset(index, vm.model.signature());
         let cpu = Cpu {

@@ -3,6 +3,10 @@
 //! Such an engine is a [`Translator`] in the loop of an interpreted vCPU. State, TLB, events, interrupts and everything that it does not
 //! translate are the interpreter's.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use lodger_x86::bits::{cr0, cr4, xcr0};
+
 use crate::cpu::Cpu;
 
 /// Runs guest code, beside the interpreter, on the same state.
@@ -26,6 +30,40 @@ pub enum Next {
     Attend,
     /// Interpret one instruction, then go on.
     Interpret,
+}
+
+impl Cpu {
+    /// The word of request bits; if it is not zero, the vCPU must come back to attend to them.
+    pub fn requests(&self) -> &AtomicU32 {
+        &self.vm.vcpus[self.index as usize].requests
+    }
+
+    /// Whether there are requests.
+    pub fn is_requested(&self) -> bool {
+        self.requests().load(Ordering::Acquire) != 0
+    }
+
+    /// vCPUs of the VM.
+    pub fn vcpus(&self) -> usize {
+        self.vm.vcpus.len()
+    }
+
+    /// Guest time in ns.
+    pub fn guest_time(&self) -> u64 {
+        self.vm.clock.now()
+    }
+
+    /// Whether instructions with XMM registers may be executed (no #UD, no #NM).
+    pub fn sse_usable(&self) -> bool {
+        self.cr0 & (cr0::EM | cr0::TS) == 0 && self.cr4 & cr4::OSFXSR != 0
+    }
+
+    /// The same of VEX-encoded instructions.
+    pub fn avx_usable(&self) -> bool {
+        const STATE: u64 = xcr0::SSE | xcr0::AVX;
+        let enabled = self.cr4 & cr4::OSXSAVE != 0 && self.xcr0 & STATE == STATE;
+        enabled && self.cr0 & (cr0::TS | cr0::PE) == cr0::PE && !self.v86()
+    }
 }
 
 /// The interpreter alone.

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use lodger_clock::SharedClock;
 use lodger_guest_memory::PAGE_SIZE;
+use lodger_host_sys::low::LowBox;
 use lodger_lapic::{Address, Ipi, IpiMode};
 use lodger_softmmu::Ram;
 use lodger_vcpu::{Capabilities, Engine, EngineError, EngineVm, Kick, Vcpu, VmConfig};
@@ -41,7 +42,7 @@ pub mod request {
 }
 
 /// vCPUs of one VM, at most: APIC IDs below the broadcast address, with room for the IOAPIC.
-const MAX_VCPUS: u32 = 64;
+pub const MAX_VCPUS: u32 = 64;
 
 /// The interpreter as an engine.
 #[derive(Debug, Default)]
@@ -69,17 +70,8 @@ impl Engine for InterpEngine {
     }
 
     fn create_vm(&self, config: VmConfig) -> Result<Arc<dyn EngineVm>, EngineError> {
-        if !(1..=MAX_VCPUS).contains(&config.vcpus) {
-            return Err(EngineError::Unusable {
-                engine: self.name(),
-                why: format!(
-                    "{} vCPUs were asked for, it has 1 to {MAX_VCPUS}",
-                    config.vcpus
-                ),
-            });
-        }
         Ok(Arc::new(InterpVm {
-            shared: Arc::new(VmShared::new(config)),
+            shared: Arc::new(VmShared::new(config)?),
             make: |_: &Cpu| Ok(Absent),
         }))
     }
@@ -89,9 +81,9 @@ impl Engine for InterpEngine {
 pub fn create_vm<T: Translator + 'static>(
     config: VmConfig,
     make: impl Fn(&Cpu) -> Result<T, EngineError> + Send + Sync + 'static,
-) -> Arc<dyn EngineVm> {
+) -> Result<Arc<dyn EngineVm>, EngineError> {
     let memory = config.memory.clone();
-    let shared = Arc::new(VmShared::new(config));
+    let shared = Arc::new(VmShared::new(config)?);
     for range in memory.ranges() {
         let start = range.start;
         let vm = Arc::downgrade(&shared);
@@ -103,7 +95,7 @@ pub fn create_vm<T: Translator + 'static>(
             vm.is_some()
         });
     }
-    Arc::new(InterpVm { shared, make })
+    Ok(Arc::new(InterpVm { shared, make }))
 }
 
 struct InterpVm<F> {
@@ -158,7 +150,8 @@ pub struct VmShared {
 
 /// What other threads see of a vCPU.
 pub struct Mailbox {
-    pub requests: AtomicU32,
+    /// Low in memory, for translated code.
+    pub requests: LowBox<AtomicU32>,
     executing: AtomicBool,
     messages: Mutex<Vec<Ipi>>,
     protect: Mutex<Protect>,
@@ -179,17 +172,34 @@ struct Protect {
     asked: u64,
 }
 
+/// The host's memory is at an end, where it matters.
+pub fn no_memory(source: std::io::Error) -> EngineError {
+    EngineError::Host {
+        what: "cannot get memory for a vCPU in the lowest 2 GiB of the address space".into(),
+        source,
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().expect("a vCPU thread panicked")
 }
 
 impl VmShared {
-    fn new(config: VmConfig) -> VmShared {
+    fn new(config: VmConfig) -> Result<VmShared, EngineError> {
+        if !(1..=MAX_VCPUS).contains(&config.vcpus) {
+            return Err(EngineError::Unusable {
+                engine: "software",
+                why: format!(
+                    "{} vCPUs were asked for, it has 1 to {MAX_VCPUS}",
+                    config.vcpus
+                ),
+            });
+        }
         let [size, ..] = config
             .model
             .lookup(0x8000_0008, 0, &CpuidContext::default());
         let [_, vendor, ..] = config.model.lookup(0, 0, &CpuidContext::default());
-        VmShared {
+        Ok(VmShared {
             ram: Ram::new(&config.memory),
             clock: config.clock,
             is_amd: vendor == u32::from_le_bytes(*b"Auth"),
@@ -199,9 +209,11 @@ impl VmShared {
             efer_bits: config.model.efer_bits(),
             model: config.model,
             intr: AtomicBool::new(false),
-            vcpus: (0..config.vcpus).map(|_| Mailbox::new()).collect(),
+            vcpus: (0..config.vcpus)
+                .map(|_| Mailbox::new())
+                .collect::<Result<_, _>>()?,
             world: Mutex::new(()),
-        }
+        })
     }
 
     /// Tells every vCPU that guest-physical `page` held code and was written. Each holds the page's code again before this can happen
@@ -248,9 +260,10 @@ fn enqueue(waiting: &mut Vec<Ipi>, ipi: Ipi) {
 }
 
 impl Mailbox {
-    fn new() -> Mailbox {
-        Mailbox {
-            requests: AtomicU32::new(0),
+    fn new() -> Result<Mailbox, EngineError> {
+        let requests = LowBox::new(AtomicU32::new(0)).map_err(no_memory)?;
+        Ok(Mailbox {
+            requests,
             executing: AtomicBool::new(false),
             messages: Mutex::new(Vec::new()),
             protect: Mutex::new(Protect::default()),
@@ -259,7 +272,7 @@ impl Mailbox {
             address: AtomicU64::new(0),
             asleep: Mutex::new(()),
             wake: Condvar::new(),
-        }
+        })
     }
 
     /// Sets request bits and wakes the vCPU if it sleeps.

@@ -138,6 +138,35 @@ pub fn supported(feature: CpuidFeature) -> bool {
     }
 }
 
+/// What the host must know to execute `instruction` among its own: nothing but XMM or YMM registers, general ones and memory. `None` for
+/// everything else: x87 and MMX registers, elements accessed one by one, instructions that this module does not run.
+pub fn in_place(instruction: &Instruction, info: &mut InstructionInfoFactory) -> Option<InPlace> {
+    let plain = |class| InPlace {
+        class,
+        mem: MemUse::None,
+    };
+    match kind(instruction)? {
+        Kind::Hint => Some(plain(Class::Gpr)),
+        Kind::ZeroVectors { .. } => Some(plain(Class::Avx)),
+        Kind::Stub => {
+            let form = Form::new(&canonical(instruction), info)?;
+            (!form.x87 && form.class != Class::X87).then_some(InPlace {
+                class: form.class,
+                mem: form.mem,
+            })
+        }
+    }
+}
+
+/// See [`in_place`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InPlace {
+    /// Which control registers decide whether the guest may execute it.
+    pub class: Class,
+    /// Its memory operand.
+    pub mem: MemUse,
+}
+
 /// `None` if this module does not run the instruction.
 pub(crate) fn kind(instruction: &Instruction) -> Option<Kind> {
     use Mnemonic as M;

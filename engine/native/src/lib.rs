@@ -48,6 +48,6 @@ mod state;
 mod stub;
 
 pub use cache::{Full, Native, Outcome, StubCache};
-pub use form::{Class, MemUse, supported};
+pub use form::{Class, InPlace, MemUse, in_place, supported};
 pub use masked::{Guest, Masked};
 pub use state::NativeState;

@@ -56,7 +56,7 @@ pub const ENTRIES: usize = 4096;
 /// A tag for `slot` that no address which is looked up there is near to.
 const fn invalid(slot: usize) -> TlbEntry {
     TlbEntry {
-        tag: 1 << 63 | ((slot as u64 ^ 1) << 12),
+        tag: 1 << 63 | ((slot ^ (ENTRIES / 2)) as u64) << 12,
         page: 0,
     }
 }

@@ -1,0 +1,353 @@
+//! Translated blocks: finding them, the direct jumps between them, and what invalidates them.
+//!
+//! A block belongs to a linear address and the guest-physical page that was mapped there. It is reached in three ways, each with its
+//! own conditions:
+//! * by a lookup, which translates the address first;
+//! * through a jump table, which the vCPU empties when the mapping of code may have changed (of pages that are not
+//!   global only, if only those may have);
+//! * by a direct jump from the same page, which holds as long as both blocks do; or between global pages, until a global
+//!   mapping may have changed.
+//!
+//! When code is written its page's blocks become stale: nothing leads to them any more. If it turns out that their own bytes are
+//! as before, they are taken into use again. Memory is freed all at once, when it is used up.
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+
+use lodger_host_sys::executable::ExecutableMemory;
+use lodger_host_sys::low::LowBox;
+use lodger_interp::Cpu;
+use lodger_softmmu::MmuIndex;
+
+use crate::emit::{Code, distance};
+use crate::env::{Env, JUMP_SLOTS, Layout};
+use crate::routines::{Routines, assemble};
+use crate::translate::{Block as Translation, Mode, Site, Source, Tools};
+
+/// Bytes of translated code that the vCPUs of a VM hold together, at most.
+const TOTAL: usize = 64 << 20;
+/// Room that a block may need.
+const BLOCK: usize = 64 << 10;
+/// Sites that are kept, at most: the code cache is full before.
+const MAX_SITES: usize = 1 << 22;
+
+pub type BlockId = u32;
+
+/// A translated block.
+struct Block {
+    linear: u64,
+    physical: u64,
+    mode: Mode,
+    global: bool,
+    /// Host addresses of the checked entry and of the body.
+    entry: u32,
+    body: u32,
+    /// Nothing leads to it: its page was written.
+    stale: bool,
+    /// The guest's code.
+    bytes: Box<[u8]>,
+    /// Sites whose jump leads here.
+    incoming: Vec<u32>,
+    traps: Box<[(u32, u16)]>,
+}
+
+/// Counters for a person.
+#[derive(Debug, Default, Clone)]
+pub struct Counters {
+    pub translated_blocks: u64,
+    pub translated_instructions: u64,
+    pub revived_blocks: u64,
+    pub stale_blocks: u64,
+    pub cache_flushes: u64,
+}
+
+pub struct Cache {
+    pub layout: Layout,
+    pub routines: Routines,
+    memory: ExecutableMemory,
+    /// Bytes that the routines take.
+    fixed: usize,
+    tools: Tools,
+    pub sites: Vec<Site>,
+    blocks: Vec<Block>,
+    by_address: HashMap<(u64, u8), Vec<BlockId>>,
+    by_page: HashMap<u64, Vec<BlockId>>,
+    /// Slots of the jump tables that lead somewhere.
+    filled: Vec<(MmuIndex, u16, bool)>,
+    /// Direct jumps to another page.
+    crossing: Vec<u32>,
+    /// Linear pages that a jump table or a crossing jump leads to.
+    reached: HashSet<u64>,
+    buffer: Vec<u8>,
+    pub counters: Counters,
+}
+
+impl Cache {
+    pub fn new(layout: Layout, vcpus: usize) -> io::Result<Cache> {
+        let size = (TOTAL / vcpus).max(8 << 20);
+        let mut memory = ExecutableMemory::new(size)?;
+        let (code, routines) =
+            assemble(&layout, memory.next(64)).map_err(|e| io::Error::other(e.to_string()))?;
+        memory.push(&code, 64).expect("there is room");
+        Ok(Cache {
+            layout,
+            routines,
+            fixed: memory.used(),
+            memory,
+            tools: Tools::new(),
+            sites: Vec::new(),
+            blocks: Vec::new(),
+            by_address: HashMap::new(),
+            by_page: HashMap::new(),
+            filled: Vec::new(),
+            crossing: Vec::new(),
+            reached: HashSet::new(),
+            buffer: Vec::new(),
+            counters: Counters::default(),
+        })
+    }
+
+    /// Addresses of all code.
+    pub fn range(&self) -> std::ops::Range<usize> {
+        self.memory.range()
+    }
+
+    /// Makes the jump tables lead nowhere.
+    pub fn init(&self, env: &mut LowBox<Env>) {
+        for table in &mut env.jumps {
+            table.fill(self.routines.miss as u64);
+        }
+    }
+
+    /// Forgets everything.
+    pub fn clear(&mut self, env: &mut Env) {
+        self.empty_tables(env, |_| true);
+        self.memory.truncate(self.fixed);
+        self.sites.clear();
+        self.blocks.clear();
+        self.by_address.clear();
+        self.by_page.clear();
+        self.crossing.clear();
+        self.reached.clear();
+        self.counters.cache_flushes += 1;
+    }
+
+    fn empty_tables(&mut self, env: &mut Env, drop: impl Fn(bool) -> bool) {
+        let miss = self.routines.miss as u64;
+        self.filled.retain(|&(index, slot, global)| {
+            let dropped = drop(global);
+            if dropped {
+                env.jumps[index as usize][usize::from(slot)] = miss;
+            }
+            !dropped
+        });
+    }
+
+    /// All mappings but global ones may have changed.
+    pub fn local_mappings_changed(&mut self, env: &mut Env) {
+        self.empty_tables(env, |global| !global);
+    }
+
+    /// All mappings may have changed.
+    pub fn all_mappings_changed(&mut self, env: &mut Env) {
+        self.empty_tables(env, |_| true);
+        for site in std::mem::take(&mut self.crossing) {
+            self.unlink(site);
+        }
+        self.reached.clear();
+    }
+
+    /// The mapping of one page may have changed.
+    pub fn mapping_changed(&mut self, env: &mut Env, linear: u64) {
+        if self.reached.contains(&(linear >> 12)) {
+            self.all_mappings_changed(env);
+        }
+    }
+
+    /// Guest-physical `page` was written.
+    pub fn code_written(&mut self, env: &mut Env, page: u64) {
+        for id in self.by_page.get(&page).cloned().unwrap_or_default() {
+            let block = &mut self.blocks[id as usize];
+            if block.stale {
+                continue;
+            }
+            block.stale = true;
+            self.counters.stale_blocks += 1;
+            let slot = block.linear as usize % JUMP_SLOTS;
+            let entry = u64::from(block.entry);
+            let jump = &mut env.jumps[block.mode.mmu as usize][slot];
+            if *jump == entry {
+                *jump = self.routines.miss as u64;
+            }
+            for site in std::mem::take(&mut block.incoming) {
+                self.unlink(site);
+            }
+        }
+    }
+
+    /// The jump of `site` leads to its stub again.
+    fn unlink(&mut self, site: u32) {
+        if let Site::Direct { patch, stub, .. } = self.sites[site as usize] {
+            self.memory
+                .patch(patch as usize, distance(patch as usize, stub as usize));
+        }
+    }
+
+    /// The block at `linear`, translated if need be. `None`: the interpreter must have a look.
+    pub fn find(
+        &mut self,
+        cpu: &mut Cpu,
+        env: &mut Env,
+        linear: u64,
+        mode: Mode,
+    ) -> Option<BlockId> {
+        let (physical, global) = cpu.fetch(linear).ok()?;
+        let candidates = self.by_address.get(&(linear, mode.mmu as u8));
+        let found = candidates.and_then(|ids| {
+            let right = |id: &&BlockId| {
+                let block = &self.blocks[**id as usize];
+                block.physical == physical && block.global == global && block.mode == mode
+            };
+            ids.iter().find(right).copied()
+        });
+        if let Some(id) = found {
+            if !self.blocks[id as usize].stale || self.revive(cpu, id) {
+                return Some(id);
+            }
+            let key = (linear, mode.mmu as u8);
+            let ids = self.by_address.get_mut(&key).expect("just found");
+            ids.retain(|other| *other != id);
+        }
+        self.translate(cpu, env, linear, physical, global, mode)
+    }
+
+    /// Takes a stale block into use again if its bytes are the same.
+    fn revive(&mut self, cpu: &mut Cpu, id: BlockId) -> bool {
+        let block = &mut self.blocks[id as usize];
+        if cpu.watch(block.physical).is_none() {
+            return false;
+        }
+        let mut now = vec![0; block.bytes.len()];
+        cpu.peek(block.physical, &mut now);
+        let same = *now == *block.bytes;
+        if same {
+            block.stale = false;
+            self.counters.revived_blocks += 1;
+        }
+        same
+    }
+
+    fn translate(
+        &mut self,
+        cpu: &mut Cpu,
+        env: &mut Env,
+        linear: u64,
+        physical: u64,
+        global: bool,
+        mode: Mode,
+    ) -> Option<BlockId> {
+        if self.memory.room() < BLOCK || self.sites.len() > MAX_SITES {
+            self.clear(env);
+        }
+        cpu.watch(physical)?;
+        let mut page = [0; 4096];
+        cpu.peek(physical & !0xfff, &mut page);
+        let source = Source {
+            linear,
+            page: &page,
+            global,
+            mode,
+        };
+        let base = self.memory.next(16);
+        let mut code = Code::new(base, std::mem::take(&mut self.buffer));
+        let routines = (self.routines.leave, self.routines.miss);
+        let translated = Translation::new(
+            &mut self.tools,
+            &self.layout,
+            &source,
+            routines,
+            &mut code,
+            &mut self.sites,
+        )
+        .translate();
+        self.buffer = code.bytes;
+        let translated = translated?;
+        self.memory.push(&self.buffer, 16).expect("there is room");
+        let offset = (physical & 0xfff) as usize;
+        let block = Block {
+            linear,
+            physical,
+            mode,
+            global,
+            entry: base as u32,
+            body: translated.body as u32,
+            stale: false,
+            bytes: page[offset..offset + translated.len].into(),
+            incoming: Vec::new(),
+            traps: translated.traps.into(),
+        };
+        self.counters.translated_blocks += 1;
+        self.counters.translated_instructions += translated.insns as u64;
+        let id = self.blocks.len() as BlockId;
+        self.blocks.push(block);
+        self.by_address
+            .entry((linear, mode.mmu as u8))
+            .or_default()
+            .push(id);
+        self.by_page.entry(physical & !0xfff).or_default().push(id);
+        Some(id)
+    }
+
+    /// Host address at which a block is entered when it is known to be the right one.
+    pub fn body(&self, id: BlockId) -> u64 {
+        self.blocks[id as usize].body.into()
+    }
+
+    /// Makes the jump of a [`Site::Direct`] lead to a block, if that may be.
+    pub fn link(&mut self, site: u32, id: BlockId) {
+        let Site::Direct {
+            patch, leaves_page, ..
+        } = self.sites[site as usize]
+        else {
+            return;
+        };
+        let block = &mut self.blocks[id as usize];
+        if leaves_page {
+            if !block.global {
+                return;
+            }
+            self.crossing.push(site);
+            self.reached.insert(block.linear >> 12);
+        }
+        block.incoming.push(site);
+        self.memory.patch(
+            patch as usize,
+            distance(patch as usize, block.body as usize),
+        );
+    }
+
+    /// Makes the jump table lead to a block.
+    pub fn enter_in_table(&mut self, env: &mut Env, id: BlockId) {
+        let block = &self.blocks[id as usize];
+        let slot = block.linear as usize % JUMP_SLOTS;
+        let index = block.mode.mmu;
+        let place = &mut env.jumps[index as usize][slot];
+        *place = block.entry.into();
+        self.filled.push((index, slot as u16, block.global));
+        self.reached.insert(block.linear >> 12);
+        if self.filled.len() > 4 * JUMP_SLOTS {
+            // Slots that were filled again and again.
+            self.all_mappings_changed(env);
+        }
+    }
+
+    /// Guest address of the instruction on which the host trapped at `place`.
+    pub fn trapped(&self, place: u64) -> u64 {
+        let place = place as u32;
+        let after = self.blocks.partition_point(|b| b.entry <= place);
+        let block = &self.blocks[after.checked_sub(1).expect("code belongs to a block")];
+        let found = block.traps.iter().find(|(at, _)| *at == place);
+        let (_, offset) = found.expect("only noted instructions trap");
+        block.linear.wrapping_add(u64::from(*offset))
+    }
+}

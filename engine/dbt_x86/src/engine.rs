@@ -1,0 +1,33 @@
+//! The translator as an engine.
+
+use std::arch::is_x86_feature_detected as detected;
+use std::sync::Arc;
+
+use lodger_interp::{InterpEngine, create_vm};
+use lodger_vcpu::{Capabilities, Engine, EngineError, EngineVm, VmConfig};
+
+use crate::run::Dbt;
+
+/// The binary translator as an engine.
+#[derive(Debug, Default)]
+pub struct DbtEngine;
+
+impl Engine for DbtEngine {
+    fn name(&self) -> &'static str {
+        "dbt"
+    }
+
+    fn probe(&self) -> Result<Capabilities, EngineError> {
+        if !(detected!("avx2") && detected!("bmi2")) {
+            return Err(EngineError::Unusable {
+                engine: self.name(),
+                why: "this host's processor lacks AVX2 or BMI2 (processors since about 2013 have them)".into(),
+            });
+        }
+        InterpEngine.probe()
+    }
+
+    fn create_vm(&self, config: VmConfig) -> Result<Arc<dyn EngineVm>, EngineError> {
+        create_vm(config, Dbt::new)
+    }
+}

@@ -1,0 +1,123 @@
+//! What translated code and the world around it share, at fixed addresses below 2 GiB.
+
+use std::mem::offset_of;
+
+use lodger_host_sys::low::LowBox;
+use lodger_interp::Cpu;
+use lodger_softmmu::{Direction, MmuIndex};
+
+/// Slots of a jump table: an address is looked up by its low 16 bits.
+pub const JUMP_SLOTS: usize = 1 << 16;
+
+/// Host addresses of code by guest address; all others lead to the miss routine. The code checks the address itself.
+pub type JumpTable = [u64; JUMP_SLOTS];
+
+/// Registers of the translator.
+#[repr(C)]
+pub struct Env {
+    /// The stack of the Rust code that waits.
+    pub host_rsp: u64,
+    /// Where to enter.
+    pub target: u64,
+    /// Status flags at entry and exit: OF in byte 0, the others as LAHF has them in byte 1.
+    pub flags: u64,
+    /// Why the code was left: number of a site, or one of [`exit`].
+    pub exit: u64,
+    /// S at that time.
+    pub argument: u64,
+    /// Where in the code a trap happened.
+    pub trap: u64,
+    /// A value between the two checks of an instruction that accesses memory twice.
+    pub value: u64,
+    /// Site of the latest indirect jump.
+    pub indirect: u64,
+    /// Masks for PEXT.
+    pub slot_mask: u64,
+    pub page_mask: u64,
+    pub offset_mask: u64,
+    pub jumps: [JumpTable; 3],
+}
+
+/// Reasons to leave that belong to no site.
+pub mod exit {
+    /// No code is known for the address in S.
+    pub const MISS: u32 = u32::MAX;
+    /// The host trapped.
+    pub const TRAP: u32 = u32::MAX - 1;
+}
+
+/// Where everything is.
+#[derive(Clone)]
+pub struct Layout {
+    /// The guest's general registers.
+    pub registers: u32,
+    /// The guest's segment bases.
+    pub bases: u32,
+    /// YMM0.
+    pub vectors: u32,
+    pub mxcsr: u32,
+    /// TLB tables by privilege and direction.
+    pub tables: [[u32; 2]; 3],
+    /// The word that is not zero if the vCPU must leave.
+    pub requests: u32,
+    pub env: u32,
+}
+
+impl Layout {
+    pub fn new(cpu: &Cpu, env: &LowBox<Env>) -> Layout {
+        let low = |address: usize| u32::try_from(address).expect("vCPUs are below 2 GiB");
+        let table = |index| {
+            [Direction::Read, Direction::Write].map(|direction| cpu.tlb.table(index, direction))
+        };
+        Layout {
+            registers: low(cpu.regs.as_ptr() as usize),
+            bases: low(cpu.bases.as_ptr() as usize),
+            vectors: low(cpu.native.ymm.as_ptr() as usize),
+            mxcsr: low(&raw const cpu.native.mxcsr as usize),
+            tables: [MmuIndex::Kernel, MmuIndex::KernelAc, MmuIndex::User].map(table),
+            requests: low(cpu.requests() as *const _ as usize),
+            env: env.address(),
+        }
+    }
+
+    /// Memory of a guest register that has no host register.
+    pub fn register(&self, number: usize) -> u32 {
+        self.registers + 8 * number as u32
+    }
+
+    pub fn host_rsp(&self) -> u32 {
+        self.env + offset_of!(Env, host_rsp) as u32
+    }
+    pub fn target(&self) -> u32 {
+        self.env + offset_of!(Env, target) as u32
+    }
+    pub fn flags(&self) -> u32 {
+        self.env + offset_of!(Env, flags) as u32
+    }
+    pub fn exit(&self) -> u32 {
+        self.env + offset_of!(Env, exit) as u32
+    }
+    pub fn argument(&self) -> u32 {
+        self.env + offset_of!(Env, argument) as u32
+    }
+    pub fn value(&self) -> u32 {
+        self.env + offset_of!(Env, value) as u32
+    }
+    pub fn indirect(&self) -> u32 {
+        self.env + offset_of!(Env, indirect) as u32
+    }
+    pub fn slot_mask(&self) -> u32 {
+        self.env + offset_of!(Env, slot_mask) as u32
+    }
+    pub fn page_mask(&self) -> u32 {
+        self.env + offset_of!(Env, page_mask) as u32
+    }
+    pub fn offset_mask(&self) -> u32 {
+        self.env + offset_of!(Env, offset_mask) as u32
+    }
+    /// The jump table of a privilege.
+    pub fn jumps(&self, index: MmuIndex) -> u32 {
+        let table = index as usize * size_of::<JumpTable>();
+        self.env + (offset_of!(Env, jumps) + table) as u32
+    }
+}

@@ -1,0 +1,373 @@
+//! What the translator makes of each guest instruction: how it is translated, what memory it accesses, which flags it needs.
+
+use iced_x86::{
+    Code, Instruction, InstructionInfoFactory, Mnemonic as M, OpKind, Register, RflagsBits,
+};
+use lodger_native::{Class, MemUse, in_place};
+
+/// The status flags, as iced's bits.
+pub const FLAGS: u32 = RflagsBits::OF
+    | RflagsBits::SF
+    | RflagsBits::ZF
+    | RflagsBits::AF
+    | RflagsBits::CF
+    | RflagsBits::PF;
+
+/// How an instruction is translated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Nothing to execute.
+    Nothing,
+    /// As it is: registers only.
+    Registers,
+    /// RIP-relative LEA: a constant.
+    Constant(u64),
+    /// One memory operand of so many bytes.
+    Memory {
+        size: u8,
+        write: bool,
+    },
+    /// PUSH of a register.
+    Push(Register),
+    /// PUSH of an immediate, sign-extended.
+    PushImmediate(i32),
+    /// PUSH of memory.
+    PushMemory,
+    /// POP to a register.
+    Pop(Register),
+    Leave,
+    /// Conditional jump, with the target.
+    Branch(u64),
+    /// LOOP and JRCXZ.
+    ShortBranch(u64),
+    Jump(u64),
+    Call(u64),
+    JumpRegister(Register),
+    JumpMemory,
+    CallRegister(Register),
+    CallMemory,
+    /// RET, releasing so many bytes of arguments.
+    Return(u16),
+    /// By the interpreter.
+    Interpret,
+}
+
+/// Which SIMD instructions the guest may execute now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Simd {
+    pub sse: bool,
+    pub avx: bool,
+}
+
+/// One guest instruction.
+#[derive(Clone, Copy)]
+pub struct Insn {
+    pub instruction: Instruction,
+    pub kind: Kind,
+    /// The host may trap on it, beside for its memory.
+    pub traps: bool,
+    /// Flags that it or what follows needs of those before it.
+    pub live: u32,
+}
+
+/// R10 or R11, whatever the width.
+pub fn is_stolen(register: Register) -> bool {
+    matches!(register.full_register(), Register::R10 | Register::R11)
+}
+
+impl Insn {
+    pub fn new(instruction: &Instruction, info: &mut InstructionInfoFactory, simd: Simd) -> Insn {
+        let mut insn = Insn {
+            instruction: *instruction,
+            kind: Kind::Interpret,
+            traps: false,
+            live: FLAGS,
+        };
+        insn.kind = insn.classify(info, simd);
+        insn
+    }
+
+    /// Whether nothing of the block is executed after it.
+    pub fn ends_block(&self) -> bool {
+        matches!(
+            self.kind,
+            Kind::Interpret
+                | Kind::Jump(_)
+                | Kind::Call(_)
+                | Kind::JumpRegister(_)
+                | Kind::JumpMemory
+                | Kind::CallRegister(_)
+                | Kind::CallMemory
+                | Kind::Return(_)
+        )
+    }
+
+    /// Flags needed before the instruction if `after` are needed behind it.
+    pub fn live_before(&self, after: u32) -> u32 {
+        let i = &self.instruction;
+        match self.kind {
+            Kind::Interpret => FLAGS,
+            Kind::Nothing => after,
+            _ => (after & !self.kills() | i.rflags_read()) & FLAGS,
+        }
+    }
+
+    /// Flags that it certainly writes.
+    fn kills(&self) -> u32 {
+        let i = &self.instruction;
+        match i.mnemonic() {
+            // A count of zero leaves the flags alone.
+            M::Shl
+            | M::Shr
+            | M::Sar
+            | M::Sal
+            | M::Rol
+            | M::Ror
+            | M::Rcl
+            | M::Rcr
+            | M::Shld
+            | M::Shrd => {
+                let last = i.op_count() - 1;
+                let mask = if i.op0_register().is_gpr64() || i.memory_size().size() == 8 {
+                    63
+                } else {
+                    31
+                };
+                if i.op_kind(last) == OpKind::Immediate8 && i.immediate8() & mask != 0 {
+                    i.rflags_modified()
+                } else if i.op_kind(last) == OpKind::Immediate8
+                    || i.op_kind(last) == OpKind::Register && i.op_register(last) == Register::CL
+                {
+                    0
+                } else {
+                    // By one.
+                    i.rflags_modified()
+                }
+            }
+            // What these leave undefined is what was there, on some processors.
+            M::Bsf | M::Bsr => RflagsBits::ZF,
+            _ => i.rflags_modified(),
+        }
+    }
+
+    fn classify(&mut self, info: &mut InstructionInfoFactory, simd: Simd) -> Kind {
+        let i = self.instruction;
+        if i.is_invalid() {
+            return Kind::Interpret;
+        }
+        let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
+        match i.mnemonic() {
+            M::Nop
+            | M::Endbr64
+            | M::Endbr32
+            | M::Prefetchnta
+            | M::Prefetcht0
+            | M::Prefetcht1
+            | M::Prefetcht2
+            | M::Prefetchw
+            | M::Prefetchwt1
+            | M::Prefetch => Kind::Nothing,
+            M::Lea if !i.is_ip_rel_memory_operand() => Kind::Registers,
+            M::Lea if i.op0_register().is_gpr64() => Kind::Constant(i.ip_rel_memory_address()),
+            M::Lea => Kind::Interpret,
+            M::Push => match i.code() {
+                Code::Push_r64 | Code::Push_rm64 if !memory => Kind::Push(i.op0_register()),
+                Code::Push_rm64 => Kind::PushMemory,
+                Code::Pushq_imm8 => Kind::PushImmediate(i.immediate8to64() as i32),
+                Code::Pushq_imm32 => Kind::PushImmediate(i.immediate32to64() as i32),
+                _ => Kind::Interpret,
+            },
+            M::Pop => match i.code() {
+                Code::Pop_r64 | Code::Pop_rm64 if !memory => Kind::Pop(i.op0_register()),
+                _ => Kind::Interpret,
+            },
+            M::Leave if i.code() == Code::Leaveq => Kind::Leave,
+            M::Ret => match i.code() {
+                Code::Retnq => Kind::Return(0),
+                Code::Retnq_imm16 => Kind::Return(i.immediate16()),
+                _ => Kind::Interpret,
+            },
+            M::Jmp => match i.code() {
+                Code::Jmp_rel8_64 | Code::Jmp_rel32_64 => target(&i, Kind::Jump),
+                Code::Jmp_rm64 if memory => Kind::JumpMemory,
+                Code::Jmp_rm64 => Kind::JumpRegister(i.op0_register()),
+                _ => Kind::Interpret,
+            },
+            M::Call => match i.code() {
+                Code::Call_rel32_64 => target(&i, Kind::Call),
+                Code::Call_rm64 if memory => Kind::CallMemory,
+                Code::Call_rm64 => Kind::CallRegister(i.op0_register()),
+                _ => Kind::Interpret,
+            },
+            M::Loop | M::Loope | M::Loopne | M::Jrcxz | M::Jecxz => match i.code() {
+                Code::Loop_rel8_64_RCX
+                | Code::Loop_rel8_64_ECX
+                | Code::Loope_rel8_64_RCX
+                | Code::Loope_rel8_64_ECX
+                | Code::Loopne_rel8_64_RCX
+                | Code::Loopne_rel8_64_ECX
+                | Code::Jrcxz_rel8_64
+                | Code::Jecxz_rel8_64 => target(&i, Kind::ShortBranch),
+                _ => Kind::Interpret,
+            },
+            _ if i.is_jcc_short_or_near() => match i.near_branch64() >> 47 {
+                0 | 0x1ffff if i.op0_kind() == OpKind::NearBranch64 => {
+                    Kind::Branch(i.near_branch64())
+                }
+                _ => Kind::Interpret,
+            },
+            _ => self.classify_data(info, simd, memory),
+        }
+    }
+
+    /// Instructions that compute.
+    fn classify_data(
+        &mut self,
+        info: &mut InstructionInfoFactory,
+        simd: Simd,
+        memory: bool,
+    ) -> Kind {
+        let i = self.instruction;
+        let (size, write) = match in_place_integer(&i) {
+            Some(write) => (i.memory_size().size() as u8, write),
+            None => {
+                let Some(form) = in_place(&i, info) else {
+                    return Kind::Interpret;
+                };
+                let permitted = match form.class {
+                    Class::Gpr => true,
+                    Class::Sse => simd.sse,
+                    Class::Avx => simd.avx,
+                    Class::X87 | Class::Mmx => false,
+                };
+                if !permitted {
+                    return Kind::Interpret;
+                }
+                self.traps = form.class != Class::Gpr;
+                (
+                    (form.mem.read() + form.mem.write()) as u8,
+                    matches!(form.mem, MemUse::Write(_)),
+                )
+            }
+        };
+        self.traps |= matches!(i.mnemonic(), M::Div | M::Idiv);
+        if !memory {
+            return Kind::Registers;
+        }
+        self.traps = true;
+        let registers = || {
+            (0..i.op_count())
+                .filter(|&n| i.op_kind(n) == OpKind::Register)
+                .map(|n| i.op_register(n))
+        };
+        let high = registers()
+            .any(|r| matches!(r, Register::AH | Register::BH | Register::CH | Register::DH));
+        let both = [Register::R10, Register::R11]
+            .iter()
+            .all(|s| registers().any(|r| r.full_register() == *s));
+        let far = matches!(i.memory_displ_size(), 8)
+            && i.memory_base() == Register::None
+            && i.memory_index() == Register::None;
+        if high || both || far || size == 0 {
+            return Kind::Interpret;
+        }
+        Kind::Memory { size, write }
+    }
+}
+
+fn target(i: &Instruction, kind: fn(u64) -> Kind) -> Kind {
+    match i.near_branch64() >> 47 {
+        0 | 0x1ffff => kind(i.near_branch64()),
+        _ => Kind::Interpret,
+    }
+}
+
+/// Integer instructions that are executed as they are; whether the memory operand, if they have one, is written.
+fn in_place_integer(i: &Instruction) -> Option<bool> {
+    if (0..i.op_count()).any(|n| {
+        i.op_kind(n) == OpKind::Register && !i.op_register(n).is_gpr()
+            || !matches!(
+                i.op_kind(n),
+                OpKind::Register
+                    | OpKind::Memory
+                    | OpKind::Immediate8
+                    | OpKind::Immediate8to16
+                    | OpKind::Immediate8to32
+                    | OpKind::Immediate8to64
+                    | OpKind::Immediate16
+                    | OpKind::Immediate32
+                    | OpKind::Immediate32to64
+                    | OpKind::Immediate64
+            )
+    }) {
+        return None;
+    }
+    let first = i.op_count() > 0 && i.op0_kind() == OpKind::Memory;
+    match i.mnemonic() {
+        M::Add | M::Adc | M::Sub | M::Sbb | M::And | M::Or | M::Xor => Some(first),
+        M::Mov => Some(first),
+        M::Inc | M::Dec | M::Neg | M::Not => Some(true),
+        M::Cmp
+        | M::Test
+        | M::Movzx
+        | M::Movsx
+        | M::Movsxd
+        | M::Imul
+        | M::Mul
+        | M::Div
+        | M::Idiv => Some(false),
+        M::Bsf | M::Bsr => Some(false),
+        M::Shl
+        | M::Shr
+        | M::Sar
+        | M::Sal
+        | M::Rol
+        | M::Ror
+        | M::Rcl
+        | M::Rcr
+        | M::Shld
+        | M::Shrd => Some(true),
+        // Both ways round memory is written.
+        M::Xchg | M::Xadd | M::Cmpxchg | M::Cmpxchg8b | M::Cmpxchg16b => Some(true),
+        // With a register as bit number the operand may be anywhere.
+        M::Bt | M::Bts | M::Btr | M::Btc if first && i.op1_kind() == OpKind::Register => None,
+        M::Bt => Some(false),
+        M::Bts | M::Btr | M::Btc => Some(true),
+        M::Seta
+        | M::Setae
+        | M::Setb
+        | M::Setbe
+        | M::Sete
+        | M::Setg
+        | M::Setge
+        | M::Setl
+        | M::Setle
+        | M::Setne
+        | M::Setno
+        | M::Setnp
+        | M::Setns
+        | M::Seto
+        | M::Setp
+        | M::Sets => Some(true),
+        M::Cmova
+        | M::Cmovae
+        | M::Cmovb
+        | M::Cmovbe
+        | M::Cmove
+        | M::Cmovg
+        | M::Cmovge
+        | M::Cmovl
+        | M::Cmovle
+        | M::Cmovne
+        | M::Cmovno
+        | M::Cmovnp
+        | M::Cmovns
+        | M::Cmovo
+        | M::Cmovp
+        | M::Cmovs => Some(false),
+        M::Bswap | M::Cbw | M::Cwde | M::Cdqe | M::Cwd | M::Cdq | M::Cqo => Some(false),
+        M::Clc | M::Stc | M::Cmc | M::Lahf | M::Sahf => Some(false),
+        M::Lfence | M::Mfence | M::Sfence => Some(false),
+        _ => None,
+    }
+}

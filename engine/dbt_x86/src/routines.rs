@@ -1,0 +1,117 @@
+//! The routines between Rust and translated code: in with the guest's registers, out with them.
+
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+
+use crate::env::{Layout, exit};
+
+/// Addresses of the routines.
+#[derive(Debug, Clone, Copy)]
+pub struct Routines {
+    /// `extern "sysv64" fn()`: goes to `Env::target`.
+    pub enter: usize,
+    /// Where code jumps to leave, with the reason in T.
+    pub leave: usize,
+    /// Where an empty slot of a jump table leads.
+    pub miss: usize,
+    /// Where the signal handler continues.
+    pub trap: usize,
+}
+
+/// MXCSR while Rust code runs: everything masked, round to nearest.
+const HOST_MXCSR: u32 = 0x1f80;
+
+/// The code for `base`, and where the routines are in it.
+pub fn assemble(layout: &Layout, base: usize) -> Result<(Vec<u8>, Routines), IcedError> {
+    let a = &mut CodeAssembler::new(64)?;
+    let mut enter = a.create_label();
+    let mut leave = a.create_label();
+    let mut miss = a.create_label();
+    let mut trap = a.create_label();
+    let mut host_mxcsr = a.create_label();
+    let at = |address: u32| qword_ptr(address as i32);
+    let vector = |n: u32| ymmword_ptr((layout.vectors + 32 * n) as i32);
+    // RAX is last: it carries the flags. R10 and R11 stay in memory.
+    let general = [
+        (1, rcx),
+        (2, rdx),
+        (3, rbx),
+        (5, rbp),
+        (6, rsi),
+        (7, rdi),
+        (8, r8),
+        (9, r9),
+        (12, r12),
+        (13, r13),
+        (14, r14),
+        (15, r15),
+    ];
+    let vectors = [
+        ymm0, ymm1, ymm2, ymm3, ymm4, ymm5, ymm6, ymm7, ymm8, ymm9, ymm10, ymm11, ymm12, ymm13,
+        ymm14, ymm15,
+    ];
+    let saved = [rbx, rbp, r12, r13, r14, r15];
+
+    a.set_label(&mut enter)?;
+    for register in saved {
+        a.push(register)?;
+    }
+    a.mov(at(layout.host_rsp()), rsp)?;
+    for (n, register) in vectors.into_iter().enumerate() {
+        a.vmovups(register, vector(n as u32))?;
+    }
+    a.ldmxcsr(dword_ptr(layout.mxcsr as i32))?;
+    for (n, register) in general {
+        a.mov(register, at(layout.register(n)))?;
+    }
+    a.mov(rsp, at(layout.register(4)))?;
+    a.mov(rax, at(layout.flags()))?;
+    a.add(al, 0x7f)?; // overflows if OF is to be set
+    a.sahf()?;
+    a.mov(rax, at(layout.register(0)))?;
+    a.jmp(at(layout.target()))?;
+
+    a.set_label(&mut trap)?;
+    a.mov(r10d, exit::TRAP as i32)?;
+    a.jmp(leave)?;
+    a.set_label(&mut miss)?;
+    a.mov(r10d, exit::MISS as i32)?;
+    a.set_label(&mut leave)?;
+    a.mov(at(layout.argument()), r11)?;
+    a.mov(at(layout.exit()), r10)?;
+    a.mov(at(layout.register(0)), rax)?;
+    a.lahf()?;
+    a.seto(al)?;
+    a.movzx(eax, ax)?;
+    a.mov(at(layout.flags()), rax)?;
+    a.mov(at(layout.register(4)), rsp)?;
+    for (n, register) in general {
+        a.mov(at(layout.register(n)), register)?;
+    }
+    a.mov(rsp, at(layout.host_rsp()))?;
+    a.stmxcsr(dword_ptr(layout.mxcsr as i32))?;
+    a.ldmxcsr(dword_ptr(host_mxcsr))?;
+    for (n, register) in vectors.into_iter().enumerate() {
+        a.vmovups(vector(n as u32), register)?;
+    }
+    a.vzeroupper()?;
+    for register in saved.into_iter().rev() {
+        a.pop(register)?;
+    }
+    a.ret()?;
+    a.set_label(&mut host_mxcsr)?;
+    a.dd(&[HOST_MXCSR])?;
+
+    let result = a.assemble_options(
+        base as u64,
+        iced_x86::BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS,
+    )?;
+    let place = |label: &CodeLabel| Ok::<_, IcedError>(result.label_ip(label)? as usize);
+    let routines = Routines {
+        enter: place(&enter)?,
+        leave: place(&leave)?,
+        miss: place(&miss)?,
+        trap: place(&trap)?,
+    };
+    Ok((result.inner.code_buffer, routines))
+}

@@ -1,0 +1,242 @@
+//! The translator in the loop of a vCPU.
+
+use std::io;
+use std::time::Duration;
+
+use lodger_host_sys::low::LowBox;
+use lodger_interp::{CodeSize, Cpu, Next, RIP, Translator, canonical};
+use lodger_softmmu::MmuIndex;
+use lodger_vcpu::EngineError;
+use lodger_x86::bits::STATUS_FLAGS;
+use lodger_x86::paging::Access;
+
+use crate::cache::Cache;
+use crate::env::{Env, Layout, exit};
+use crate::insn::Simd;
+use crate::timer::Timer;
+use crate::translate::{Mode, Site};
+use crate::traps::{self, Executing};
+
+/// The translator of one vCPU.
+pub struct Dbt {
+    env: LowBox<Env>,
+    cache: Cache,
+    timer: Option<Timer>,
+    /// When the timer expires, ns of guest time.
+    due: Option<u64>,
+    simd: Simd,
+    executing: Executing,
+}
+
+// SAFETY: the pointer in `executing` is to what this owns.
+unsafe impl Send for Dbt {}
+
+fn failed(source: io::Error) -> EngineError {
+    EngineError::Host {
+        what: "cannot prepare the translator".into(),
+        source,
+    }
+}
+
+/// OF among the status flags.
+const OF: u64 = 1 << 11;
+
+impl Dbt {
+    pub fn new(cpu: &Cpu) -> Result<Dbt, EngineError> {
+        // SAFETY: numbers.
+        let mut env = unsafe { LowBox::<Env>::zeroed() }.map_err(failed)?;
+        let layout = Layout::new(cpu, &env);
+        env.slot_mask = (lodger_softmmu::ENTRIES as u64 - 1) << 12;
+        env.page_mask = !0xfff;
+        env.offset_mask = 0xfff;
+        let cache = Cache::new(layout, cpu.vcpus()).map_err(failed)?;
+        cache.init(&mut env);
+        let range = cache.range();
+        let executing = Executing {
+            start: range.start,
+            end: range.end,
+            trap: cache.routines.trap,
+            place: &raw mut env.trap,
+        };
+        Ok(Dbt {
+            env,
+            cache,
+            timer: None,
+            due: None,
+            simd: Simd::default(),
+            executing,
+        })
+    }
+
+    fn apply_changes(&mut self, cpu: &mut Cpu) {
+        let changes = std::mem::take(&mut cpu.changes);
+        cpu.changes.wanted = true;
+        for page in changes.code {
+            self.cache.code_written(&mut self.env, page);
+        }
+        if changes.all {
+            self.cache.all_mappings_changed(&mut self.env);
+            return;
+        }
+        if changes.local {
+            self.cache.local_mappings_changed(&mut self.env);
+        }
+        for linear in changes.pages {
+            self.cache.mapping_changed(&mut self.env, linear);
+        }
+    }
+
+    /// Executes code from `target` on; why it was left.
+    fn enter(&mut self, cpu: &mut Cpu, target: u64) -> u32 {
+        let status = cpu.flags & STATUS_FLAGS;
+        self.env.flags = u64::from(status & OF != 0) | (status & 0xff) << 8;
+        self.env.target = target;
+        let enter = self.cache.routines.enter;
+        // SAFETY: the routine follows this convention and keeps what must be kept; the code that it runs accesses only memory of
+        // the vCPU's and, after a lookup, guest RAM.
+        unsafe {
+            let enter: extern "sysv64" fn() = std::mem::transmute(enter);
+            std::hint::black_box(&raw mut *self.env);
+            std::hint::black_box(&raw mut *cpu);
+            enter();
+            std::hint::black_box(&raw mut *self.env);
+            std::hint::black_box(&raw mut *cpu);
+        }
+        let flags = self.env.flags;
+        let status = flags >> 8 & (STATUS_FLAGS & 0xff) | if flags & 1 != 0 { OF } else { 0 };
+        cpu.flags = cpu.flags & !STATUS_FLAGS | status;
+        self.env.exit as u32
+    }
+
+    fn run_code(&mut self, cpu: &mut Cpu) -> Next {
+        let mode = Mode {
+            mmu: cpu.mmu,
+            simd: self.simd,
+        };
+        let rip = cpu.rip();
+        let Some(id) = self.cache.find(cpu, &mut self.env, rip, mode) else {
+            return Next::Interpret;
+        };
+        let mut target = self.cache.body(id);
+        loop {
+            let exit = self.enter(cpu, target);
+            match exit {
+                exit::MISS => {
+                    let linear = self.env.argument;
+                    if !canonical(linear) {
+                        // The jump itself faults.
+                        let site = self.cache.sites[self.env.indirect as usize];
+                        let Site::Indirect { rip, undo } = site else {
+                            unreachable!("noted by an indirect jump")
+                        };
+                        cpu.regs[4] = cpu.regs[4].wrapping_add(undo as u64);
+                        cpu.set_rip(rip);
+                        return Next::Interpret;
+                    }
+                    cpu.set_rip(linear);
+                    if cpu.is_requested() {
+                        return Next::Attend;
+                    }
+                    let Some(id) = self.cache.find(cpu, &mut self.env, linear, mode) else {
+                        return Next::Interpret;
+                    };
+                    self.cache.enter_in_table(&mut self.env, id);
+                    target = self.cache.body(id);
+                }
+                exit::TRAP => {
+                    let rip = self.cache.trapped(self.env.trap);
+                    cpu.set_rip(rip);
+                    return Next::Interpret;
+                }
+                number => match self.cache.sites[number as usize] {
+                    Site::Direct { target: linear, .. } => {
+                        cpu.set_rip(linear);
+                        if cpu.is_requested() {
+                            return Next::Attend;
+                        }
+                        let flushes = self.cache.counters.cache_flushes;
+                        let Some(id) = self.cache.find(cpu, &mut self.env, linear, mode) else {
+                            return Next::Interpret;
+                        };
+                        if self.cache.counters.cache_flushes == flushes {
+                            self.cache.link(number, id);
+                        }
+                        target = self.cache.body(id);
+                    }
+                    Site::Interpret { rip } => {
+                        cpu.set_rip(rip);
+                        return Next::Interpret;
+                    }
+                    Site::Access {
+                        rip,
+                        retry,
+                        size,
+                        write,
+                    } => {
+                        let access = if write { Access::Write } else { Access::Read };
+                        let linear = self.env.argument;
+                        cpu.set_rip(rip);
+                        if !cpu.prepare(linear, size.into(), access) {
+                            return Next::Interpret;
+                        }
+                        target = retry.into();
+                    }
+                    Site::Requests { rip } => {
+                        cpu.set_rip(rip);
+                        return Next::Attend;
+                    }
+                    Site::Indirect { .. } => unreachable!("is never left at"),
+                },
+            }
+        }
+    }
+}
+
+impl Translator for Dbt {
+    fn run(&mut self, cpu: &mut Cpu) -> Next {
+        if cpu.code != CodeSize::Bits64 {
+            return Next::Interpret;
+        }
+        if cpu.changes.any() {
+            self.apply_changes(cpu);
+        }
+        let simd = Simd {
+            sse: cpu.sse_usable(),
+            avx: cpu.avx_usable(),
+        };
+        if simd != self.simd {
+            self.simd = simd;
+            self.cache.clear(&mut self.env);
+        }
+        let executing = self.executing;
+        match traps::with(executing, || self.run_code(cpu)) {
+            Ok(next) => next,
+            Err(error) => {
+                tracing::error!("translated code cannot be used: {error}");
+                Next::Interpret
+            }
+        }
+    }
+
+    fn due(&mut self, cpu: &Cpu, deadline: Option<u64>) {
+        if deadline == self.due {
+            return;
+        }
+        self.due = deadline;
+        if self.timer.as_ref().is_none_or(|timer| !timer.is_here()) {
+            self.timer = match traps::prepare().and_then(|()| Timer::new(cpu.requests())) {
+                Ok(timer) => Some(timer),
+                Err(error) => {
+                    tracing::error!("no timer for a vCPU: {error}");
+                    None
+                }
+            };
+        }
+        if let Some(timer) = &self.timer {
+            let left = |deadline: u64| deadline.saturating_sub(cpu.guest_time());
+            timer.set(deadline.map(left).map(Duration::from_nanos));
+        }
+    }
+}
+
+const _: () = assert!(RIP == 16 && MmuIndex::User as usize == 2);

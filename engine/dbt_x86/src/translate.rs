@@ -1,0 +1,852 @@
+//! A guest block to host code.
+//!
+//! Guest registers are in the host registers of the same name, but R10 and R11, which are in memory: their host registers are scratch, T and
+//! S here. RSP is the guest's too, so nothing is ever pushed. Flags stay in the flags register. Every memory operand is looked up in the
+//! TLB first; the lookup may destroy the flags only if the guest does not need them any more.
+//!
+//! An instruction changes nothing before all of its lookups have hit, so it can be interpreted instead at any miss.
+
+use iced_x86::{
+    Decoder, DecoderError, DecoderOptions, Encoder, Instruction, InstructionInfoFactory, Mnemonic,
+    OpKind, Register,
+};
+use lodger_softmmu::{ENTRIES, MmuIndex, TlbEntry};
+
+use crate::emit::{Code, Jump, Mem, Op, RBP, RCX, RSP, Reg, S, T, abs, at, cc};
+use crate::env::{JUMP_SLOTS, Layout};
+use crate::insn::{FLAGS, Insn, Kind, Simd, is_stolen};
+
+/// Instructions of a block, at most.
+const MAX_INSNS: usize = 48;
+/// Instructions that are looked at to find out which flags are needed.
+const AHEAD: usize = 10;
+/// Bits above which all are equal in a canonical address.
+const TAG: i32 = TlbEntry::LAYOUT.0 as i32;
+const PAGE: i32 = TlbEntry::LAYOUT.1 as i32;
+
+/// What to do when the code is left at a place.
+#[derive(Debug, Clone, Copy)]
+pub enum Site {
+    /// Go on at `target`; the jump at `patch` may lead there directly.
+    Direct {
+        target: u64,
+        /// Host address of the jump's distance, and of the stub that it leads to now.
+        patch: u32,
+        stub: u32,
+        /// It leaves the page.
+        leaves_page: bool,
+    },
+    /// Interpret the instruction at `rip`.
+    Interpret { rip: u64 },
+    /// The access of the instruction at `rip` to the address in S missed the TLB; try again at `retry` when that is better.
+    Access {
+        rip: u64,
+        retry: u32,
+        size: u8,
+        write: bool,
+    },
+    /// There are requests; go on at `rip`.
+    Requests { rip: u64 },
+    /// An indirect jump of the instruction at `rip`; to undo it, `undo` is to be added to RSP.
+    Indirect { rip: u64, undo: i64 },
+}
+
+/// What the translation depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mode {
+    pub mmu: MmuIndex,
+    pub simd: Simd,
+}
+
+/// A block to be translated.
+pub struct Source<'a> {
+    /// Linear address.
+    pub linear: u64,
+    /// The whole page.
+    pub page: &'a [u8; 4096],
+    /// The page is mapped in all address spaces.
+    pub global: bool,
+    pub mode: Mode,
+}
+
+/// A translated block.
+pub struct Translated {
+    /// Where other code jumps to.
+    pub body: usize,
+    /// Host address after which a trap of the instruction at the guest offset is reported.
+    pub traps: Vec<(u32, u16)>,
+    /// Bytes of guest code.
+    pub len: usize,
+    pub insns: usize,
+}
+
+/// What is kept between blocks.
+pub struct Tools {
+    encoder: Encoder,
+    info: InstructionInfoFactory,
+    insns: Vec<Insn>,
+    pub strict_flags: bool,
+}
+
+impl Tools {
+    pub fn new() -> Tools {
+        Tools {
+            encoder: Encoder::new(64),
+            info: InstructionInfoFactory::new(),
+            insns: Vec::new(),
+            strict_flags: false,
+        }
+    }
+}
+
+/// Code at the end of the block for what is rare.
+struct Stub {
+    jump: Jump,
+    what: Rare,
+    site: u32,
+}
+
+enum Rare {
+    /// A site, nothing else to do.
+    Leave,
+    /// The tag was subtracted from the address; it is at this place.
+    Tagged(Mem),
+    /// A jump to another page.
+    Far(u64),
+}
+
+pub struct Block<'a> {
+    tools: &'a mut Tools,
+    layout: &'a Layout,
+    source: &'a Source<'a>,
+    leave: usize,
+    miss: usize,
+    code: &'a mut Code,
+    sites: &'a mut Vec<Site>,
+    stubs: Vec<Stub>,
+    traps: Vec<(u32, u16)>,
+}
+
+/// An effective address.
+#[derive(Clone, Copy)]
+enum Address<'a> {
+    Operand(&'a Instruction),
+    /// A register and a displacement.
+    Register(Reg, i32),
+}
+
+/// The instruction cannot be encoded.
+struct Unencodable;
+
+impl<'a> Block<'a> {
+    /// For code that will be at the end of `code`; `leave` and `miss` are the routines of those names.
+    pub fn new(
+        tools: &'a mut Tools,
+        layout: &'a Layout,
+        source: &'a Source<'a>,
+        (leave, miss): (usize, usize),
+        code: &'a mut Code,
+        sites: &'a mut Vec<Site>,
+    ) -> Block<'a> {
+        Block {
+            tools,
+            layout,
+            source,
+            leave,
+            miss,
+            code,
+            sites,
+            stubs: Vec::new(),
+            traps: Vec::new(),
+        }
+    }
+
+    /// Translates the block. `None`: not even its first instruction can be decoded within the page.
+    pub fn translate(mut self) -> Option<Translated> {
+        let mut insns = std::mem::take(&mut self.tools.insns);
+        self.decode(&mut insns);
+        let translated = (!insns.is_empty()).then(|| self.emit(&mut insns));
+        self.tools.insns = insns;
+        let (body, len, count) = translated?;
+        Some(Translated {
+            body,
+            traps: self.traps,
+            len,
+            insns: count,
+        })
+    }
+
+    fn decode(&mut self, insns: &mut Vec<Insn>) {
+        insns.clear();
+        let start = (self.source.linear & 0xfff) as usize;
+        let bytes = &self.source.page[start..];
+        let mut decoder = Decoder::with_ip(64, bytes, self.source.linear, DecoderOptions::NONE);
+        let mut instruction = Instruction::default();
+        while insns.len() < MAX_INSNS && decoder.can_decode() {
+            decoder.decode_out(&mut instruction);
+            if decoder.last_error() == DecoderError::NoMoreBytes {
+                break;
+            }
+            let insn = Insn::new(&instruction, &mut self.tools.info, self.source.mode.simd);
+            insns.push(insn);
+            if insn.ends_block() {
+                break;
+            }
+        }
+    }
+
+    /// Flags that code at `target` needs, as far as it is known.
+    fn ahead(&mut self, target: u64, depth: u32) -> u32 {
+        if self.tools.strict_flags || (target ^ self.source.linear) >> 12 != 0 {
+            return FLAGS;
+        }
+        let bytes = &self.source.page[(target & 0xfff) as usize..];
+        let mut decoder = Decoder::with_ip(64, bytes, target, DecoderOptions::NONE);
+        let mut needed = 0;
+        let mut open = FLAGS;
+        for _ in 0..AHEAD {
+            if !decoder.can_decode() {
+                break;
+            }
+            let instruction = decoder.decode();
+            if decoder.last_error() == DecoderError::NoMoreBytes {
+                break;
+            }
+            let insn = Insn::new(&instruction, &mut self.tools.info, self.source.mode.simd);
+            needed |= insn.live_before(0) & open;
+            if insn.kind == Kind::Interpret {
+                return needed;
+            }
+            open &= insn.live_before(FLAGS);
+            if open & !needed == 0 {
+                return needed;
+            }
+            match insn.kind {
+                Kind::Jump(to) | Kind::Call(to) if depth > 0 => {
+                    return needed | open & self.ahead(to, depth - 1);
+                }
+                Kind::Branch(to) | Kind::ShortBranch(to) if depth > 0 => {
+                    needed |= open & self.ahead(to, depth - 1);
+                }
+                Kind::Branch(_) | Kind::ShortBranch(_) => return needed | open,
+                _ if insn.ends_block() => return needed | open,
+                _ => {}
+            }
+        }
+        needed | open
+    }
+
+    /// Which flags are needed before each instruction.
+    fn find_live(&mut self, insns: &mut [Insn]) {
+        let last = insns.last().expect("not empty");
+        let mut live = match last.kind {
+            Kind::Jump(to) | Kind::Call(to) => self.ahead(to, 2),
+            _ if last.ends_block() => FLAGS,
+            _ => self.ahead(last.instruction.next_ip(), 2),
+        };
+        for insn in insns.iter_mut().rev() {
+            if let Kind::Branch(to) | Kind::ShortBranch(to) = insn.kind {
+                live |= self.ahead(to, 2);
+            }
+            live = if self.tools.strict_flags {
+                FLAGS
+            } else {
+                insn.live_before(live)
+            };
+            insn.live = live;
+        }
+    }
+
+    /// Emits everything; the body's address, and the bytes and number of guest instructions.
+    fn emit(&mut self, insns: &mut [Insn]) -> (usize, usize, usize) {
+        self.find_live(insns);
+        let start = self.source.linear;
+        self.prologue(insns[0].live);
+        let body = self.code.here();
+        let mut ended = false;
+        let mut end = start;
+        let mut count = 0;
+        for insn in insns.iter() {
+            let (length, stubs) = (self.code.bytes.len(), self.stubs.len());
+            end = insn.instruction.next_ip();
+            count += 1;
+            if self.insn(insn).is_err() {
+                self.code.bytes.truncate(length);
+                self.stubs.truncate(stubs);
+                self.leave_at(Site::Interpret {
+                    rip: insn.instruction.ip(),
+                });
+                ended = true;
+                break;
+            }
+            ended = insn.ends_block();
+        }
+        if !ended {
+            let live = self.ahead(end, 1);
+            self.go(end, end, live);
+        }
+        self.emit_stubs();
+        (body, end.wrapping_sub(start) as usize, count)
+    }
+
+    /// The entry for jumps through a table: S must be this block's address, and requests are looked at.
+    fn prologue(&mut self, live: u32) {
+        let linear = self.source.linear;
+        if live == 0 {
+            match i32::try_from(linear as i64) {
+                Ok(value) => self.code.cmp_imm(S, value),
+                Err(_) => {
+                    self.code.mov_imm(T, linear);
+                    self.code.cmp(S, T);
+                }
+            }
+            self.code.jcc(cc::NE, self.miss);
+        } else {
+            let c = &mut *self.code;
+            c.mov(T, RCX);
+            c.mov_imm(RCX, linear.wrapping_neg());
+            c.op(
+                Op::Lea,
+                RCX,
+                Mem {
+                    base: Some(RCX),
+                    index: Some(S),
+                    scale: 0,
+                    disp: 0,
+                },
+            );
+            let same = c.jrcxz();
+            c.mov(RCX, T);
+            c.jmp(self.miss);
+            c.land(same);
+            c.mov(RCX, T);
+        }
+        self.look_at_requests(linear, live);
+    }
+
+    /// Leaves if there are requests; the next instruction is at `rip`.
+    fn look_at_requests(&mut self, rip: u64, live: u32) {
+        let requests = abs(self.layout.requests);
+        let jump = if live == 0 {
+            self.code.cmp_zero32(requests);
+            self.code.jcc_forward(cc::NE)
+        } else {
+            let c = &mut *self.code;
+            c.mov(T, RCX);
+            c.op32(Op::Mov, RCX, requests);
+            let none = c.jrcxz();
+            c.mov(RCX, T);
+            let jump = c.jmp_forward();
+            c.land(none);
+            c.mov(RCX, T);
+            jump
+        };
+        self.stub(jump, Rare::Leave, Site::Requests { rip });
+    }
+
+    fn site(&mut self, site: Site) -> u32 {
+        self.sites.push(site);
+        self.sites.len() as u32 - 1
+    }
+
+    fn stub(&mut self, jump: Jump, what: Rare, site: Site) {
+        let site = self.site(site);
+        self.stubs.push(Stub { jump, what, site });
+    }
+
+    fn leave_at(&mut self, site: Site) {
+        let site = self.site(site);
+        self.leave_with(site);
+    }
+
+    fn leave_with(&mut self, site: u32) {
+        self.code.mov_imm(T, site.into());
+        self.code.jmp(self.leave);
+    }
+
+    fn emit_stubs(&mut self) {
+        for Stub { jump, what, site } in std::mem::take(&mut self.stubs) {
+            self.code.land(jump);
+            match what {
+                Rare::Leave => {}
+                Rare::Tagged(tag) => self.code.op(Op::Add, S, tag),
+                Rare::Far(target) => {
+                    self.far(target);
+                    continue;
+                }
+            }
+            if let Site::Direct { stub, .. } = &mut self.sites[site as usize] {
+                *stub = self.code.here() as u32;
+            }
+            self.leave_with(site);
+        }
+    }
+
+    /// Whether a jump to `target` can be direct.
+    fn is_near(&self, target: u64) -> bool {
+        self.source.global || (target ^ self.source.linear) >> 12 == 0
+    }
+
+    /// Through the jump table.
+    fn far(&mut self, target: u64) {
+        self.code.mov_imm(S, target);
+        let slot = target as usize % JUMP_SLOTS;
+        let table = self.layout.jumps(self.source.mode.mmu);
+        self.code.jmp_mem(abs(table + 8 * slot as u32));
+    }
+
+    /// To the address in S.
+    fn indirect(&mut self, rip: u64, undo: i64) {
+        let site = self.site(Site::Indirect { rip, undo });
+        self.code.store_imm32(abs(self.layout.indirect()), site);
+        self.code.movzx16(T, S);
+        self.code.jmp_mem(Mem {
+            base: None,
+            index: Some(T),
+            scale: 3,
+            disp: self.layout.jumps(self.source.mode.mmu) as i32,
+        });
+    }
+
+    /// Goes on at `target` from the instruction at `from`.
+    fn go(&mut self, target: u64, from: u64, live: u32) {
+        if target < from {
+            self.look_at_requests(target, live);
+        }
+        if !self.is_near(target) {
+            return self.far(target);
+        }
+        let patch = self.code.here() + 1;
+        let jump = self.code.jmp_forward();
+        self.direct(jump, target, patch);
+    }
+
+    fn direct(&mut self, jump: Jump, target: u64, patch: usize) {
+        let site = Site::Direct {
+            target,
+            patch: patch as u32,
+            stub: 0,
+            leaves_page: (target ^ self.source.linear) >> 12 != 0,
+        };
+        self.stub(jump, Rare::Leave, site);
+    }
+
+    /// A conditional jump with `condition`.
+    fn branch(&mut self, condition: u8, target: u64, from: u64) {
+        let live = self.ahead(target, 2);
+        if target <= from {
+            let over = self.code.jcc_forward(condition ^ 1);
+            self.go(target, from.wrapping_add(1), live);
+            self.code.land(over);
+        } else if self.is_near(target) {
+            let patch = self.code.here() + 2;
+            let jump = self.code.jcc_forward(condition);
+            self.direct(jump, target, patch);
+        } else {
+            let jump = self.code.jcc_forward(condition);
+            self.stubs.push(Stub {
+                jump,
+                what: Rare::Far(target),
+                site: 0,
+            });
+        }
+    }
+
+    /// Loads guest register `number` (10 or 11) into T or S.
+    fn load(&mut self, to: Reg, number: usize) {
+        self.code.op(Op::Mov, to, abs(self.layout.register(number)));
+    }
+
+    fn store(&mut self, number: usize, from: Reg) {
+        self.code
+            .op(Op::Store, from, abs(self.layout.register(number)));
+    }
+
+    /// The host register that holds 64-bit guest `register`, which is loaded into `scratch` if need be.
+    fn get(&mut self, register: Register, scratch: Reg) -> Reg {
+        let number = register.full_register().number();
+        if is_stolen(register) {
+            self.load(scratch, number);
+            return scratch;
+        }
+        Reg(number as u8)
+    }
+
+    /// Puts an effective address into S; the address if it is a constant. T is destroyed, flags unless `live`.
+    fn address(&mut self, address: Address, live: bool) -> Option<u64> {
+        let i = match address {
+            Address::Register(base, disp) => {
+                self.code.op(Op::Lea, S, at(base, disp));
+                return None;
+            }
+            Address::Operand(i) => i,
+        };
+        let base_of = match i.memory_segment() {
+            Register::FS => Some(4),
+            Register::GS => Some(5),
+            _ => None,
+        };
+        let (base, index) = (i.memory_base(), i.memory_index());
+        let constant = if i.is_ip_rel_memory_operand() {
+            Some(i.ip_rel_memory_address())
+        } else if base == Register::None && index == Register::None {
+            Some(i.memory_displacement64())
+        } else {
+            None
+        };
+        match constant {
+            Some(value) => {
+                self.code.mov_imm(S, value);
+                if base_of.is_none() {
+                    return Some(value);
+                }
+            }
+            None => {
+                let short = i.memory_base().is_gpr32() || i.memory_index().is_gpr32();
+                let base = (base != Register::None).then(|| self.get(base, S));
+                let index = (index != Register::None).then(|| self.get(index, T));
+                let mem = Mem {
+                    base,
+                    index,
+                    scale: i.memory_index_scale().trailing_zeros() as u8,
+                    disp: i.memory_displacement64() as i32,
+                };
+                match short {
+                    true => self.code.op32(Op::Lea, S, mem),
+                    false => self.code.op(Op::Lea, S, mem),
+                }
+            }
+        }
+        if let Some(segment) = base_of {
+            let place = abs(self.layout.bases + 8 * segment);
+            if live {
+                self.code.op(Op::Mov, T, place);
+                self.code.op(
+                    Op::Lea,
+                    S,
+                    Mem {
+                        base: Some(S),
+                        index: Some(T),
+                        scale: 0,
+                        disp: 0,
+                    },
+                );
+            } else {
+                self.code.op(Op::Add, S, place);
+            }
+        }
+        None
+    }
+
+    /// Looks up an access of the instruction at `rip`: S becomes its host address. T is destroyed, flags only if none are `live`.
+    fn check(&mut self, address: Address, size: u8, write: bool, live: u32, rip: u64) {
+        let retry = self.code.here() as u32;
+        let site = Site::Access {
+            rip,
+            retry,
+            size,
+            write,
+        };
+        let constant = self.address(address, live != 0);
+        let table = self.layout.tables[self.source.mode.mmu as usize][usize::from(write)];
+        if live != 0 {
+            return self.check_with_flags(table, site, size);
+        }
+        let entry = match constant {
+            Some(linear) => {
+                let slot = (linear >> 12) as usize % ENTRIES;
+                abs(table + (slot * size_of::<TlbEntry>()) as u32)
+            }
+            None => {
+                self.code.rorx(T, S, 8);
+                self.code.and32(T, (ENTRIES as u32 - 1) << 4);
+                at(T, table as i32)
+            }
+        };
+        let plus = |mem: Mem, by: i32| Mem {
+            disp: mem.disp + by,
+            ..mem
+        };
+        let tag = plus(entry, TAG);
+        self.code.op(Op::Sub, S, tag);
+        self.code.cmp_imm(S, 4096 - i32::from(size));
+        let jump = self.code.jcc_forward(cc::A);
+        self.stub(jump, Rare::Tagged(tag), site);
+        self.code.op(Op::Add, S, plus(entry, PAGE));
+    }
+
+    /// The same without touching a flag.
+    fn check_with_flags(&mut self, table: u32, site: Site, size: u8) {
+        let (slots, pages, offsets) = (
+            self.layout.slot_mask(),
+            self.layout.page_mask(),
+            self.layout.offset_mask(),
+        );
+        let entry = |by: i32| Mem {
+            base: None,
+            index: Some(RCX),
+            scale: 3,
+            disp: table as i32 + by,
+        };
+        let sum = |index, disp| Mem {
+            base: Some(RCX),
+            index: Some(index),
+            scale: 0,
+            disp,
+        };
+        let c = &mut *self.code;
+        c.mov(T, RCX);
+        c.pext(RCX, S, slots);
+        c.op32(Op::Lea, RCX, sum(RCX, 0));
+        c.op(Op::Mov, RCX, entry(TAG));
+        c.not(RCX);
+        c.op(Op::Lea, RCX, sum(S, size.into()));
+        c.pext(RCX, RCX, pages);
+        let hit = c.jrcxz();
+        c.mov(RCX, T);
+        let cold = c.jmp_forward();
+        c.land(hit);
+        c.pext(RCX, S, slots);
+        c.op32(Op::Lea, RCX, sum(RCX, 0));
+        c.op(Op::Mov, RCX, entry(PAGE));
+        c.pext(S, S, offsets);
+        c.op(Op::Lea, S, sum(S, 0));
+        c.mov(RCX, T);
+        self.stub(cold, Rare::Leave, site);
+    }
+
+    /// The guest's own bytes.
+    fn copy(&mut self, i: &Instruction) {
+        let start = (i.ip() & 0xfff) as usize;
+        let page = self.source.page;
+        self.code.raw(&page[start..start + i.len()]);
+    }
+
+    /// The host may trap on the instruction that comes next.
+    fn note_trap(&mut self, i: &Instruction) {
+        let offset = i.ip().wrapping_sub(self.source.linear) as u16;
+        self.traps.push((self.code.here() as u32, offset));
+    }
+
+    fn insn(&mut self, insn: &Insn) -> Result<(), Unencodable> {
+        let i = &insn.instruction;
+        let (live, rip) = (insn.live, i.ip());
+        match insn.kind {
+            Kind::Nothing => {}
+            Kind::Interpret => self.leave_at(Site::Interpret { rip }),
+            Kind::Registers => self.registers(insn),
+            Kind::Constant(value) if is_stolen(i.op0_register()) => {
+                self.code.mov_imm(S, value);
+                self.store(i.op0_register().number(), S);
+            }
+            Kind::Constant(value) => self
+                .code
+                .mov_imm(Reg(i.op0_register().number() as u8), value),
+            Kind::Memory { size, write } => self.memory(insn, size, write)?,
+            Kind::Push(register) => {
+                self.check(Address::Register(RSP, -8), 8, true, live, rip);
+                let value = self.get(register, T);
+                self.code.op(Op::Store, value, at(S, 0));
+                self.code.op(Op::Lea, RSP, at(RSP, -8));
+            }
+            Kind::PushImmediate(value) => {
+                self.check(Address::Register(RSP, -8), 8, true, live, rip);
+                self.code.store_imm(at(S, 0), value);
+                self.code.op(Op::Lea, RSP, at(RSP, -8));
+            }
+            Kind::PushMemory => {
+                self.read_value(i, live, rip);
+                self.push_value(live, rip);
+            }
+            Kind::Pop(register) => {
+                self.check(Address::Register(RSP, 0), 8, false, live, rip);
+                let number = register.number();
+                if is_stolen(register) {
+                    self.code.op(Op::Mov, T, at(S, 0));
+                    self.store(number, T);
+                } else {
+                    self.code.op(Op::Mov, Reg(number as u8), at(S, 0));
+                }
+                if register != Register::RSP {
+                    self.code.op(Op::Lea, RSP, at(RSP, 8));
+                }
+            }
+            Kind::Leave => {
+                self.check(Address::Register(RBP, 0), 8, false, live, rip);
+                self.code.op(Op::Lea, RSP, at(RBP, 8));
+                self.code.op(Op::Mov, RBP, at(S, 0));
+            }
+            Kind::Branch(target) => self.branch(i.condition_code() as u8 - 1, target, rip),
+            Kind::ShortBranch(target) => {
+                let live = self.ahead(target, 2);
+                let start = (rip & 0xfff) as usize;
+                let page = self.source.page;
+                self.code.raw(&page[start..start + i.len() - 1]);
+                self.code.raw(&[0]);
+                let taken = self.code.short();
+                let over = self.code.jmp_forward();
+                self.code.land(taken);
+                self.go(target, rip.wrapping_add(1), live);
+                self.code.land(over);
+            }
+            Kind::Jump(target) => {
+                let live = self.ahead(target, 2);
+                self.go(target, rip.wrapping_add(1), live);
+            }
+            Kind::Call(target) => {
+                self.check(Address::Register(RSP, -8), 8, true, live, rip);
+                self.push_return(i.next_ip());
+                let live = self.ahead(target, 2);
+                self.go(target, rip, live);
+            }
+            Kind::JumpRegister(register) => {
+                let number = register.number();
+                match is_stolen(register) {
+                    true => self.load(S, number),
+                    false => self.code.mov(S, Reg(number as u8)),
+                }
+                self.indirect(rip, 0);
+            }
+            Kind::JumpMemory => {
+                self.check(Address::Operand(i), 8, false, live, rip);
+                self.code.op(Op::Mov, S, at(S, 0));
+                self.indirect(rip, 0);
+            }
+            Kind::CallRegister(register) => {
+                // The target may be RSP or a register that is in memory.
+                let target = self.get(register, T);
+                self.code.op(Op::Store, target, abs(self.layout.value()));
+                self.call_value(i, live, rip);
+            }
+            Kind::CallMemory => {
+                self.read_value(i, live, rip);
+                self.call_value(i, live, rip);
+            }
+            Kind::Return(release) => {
+                self.check(Address::Register(RSP, 0), 8, false, live, rip);
+                let by = 8 + i32::from(release);
+                self.code.op(Op::Mov, S, at(S, 0));
+                self.code.op(Op::Lea, RSP, at(RSP, by));
+                self.indirect(rip, -i64::from(by));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the 64-bit memory operand into `Env::value`.
+    fn read_value(&mut self, i: &Instruction, live: u32, rip: u64) {
+        self.check(Address::Operand(i), 8, false, live, rip);
+        self.code.op(Op::Mov, T, at(S, 0));
+        self.code.op(Op::Store, T, abs(self.layout.value()));
+    }
+
+    fn push_value(&mut self, live: u32, rip: u64) {
+        self.check(Address::Register(RSP, -8), 8, true, live, rip);
+        self.code.op(Op::Mov, T, abs(self.layout.value()));
+        self.code.op(Op::Store, T, at(S, 0));
+        self.code.op(Op::Lea, RSP, at(RSP, -8));
+    }
+
+    fn call_value(&mut self, i: &Instruction, live: u32, rip: u64) {
+        self.check(Address::Register(RSP, -8), 8, true, live, rip);
+        self.push_return(i.next_ip());
+        self.code.op(Op::Mov, S, abs(self.layout.value()));
+        self.indirect(rip, 8);
+    }
+
+    /// Pushes the return address; S is where.
+    fn push_return(&mut self, address: u64) {
+        match i32::try_from(address as i64) {
+            Ok(value) => self.code.store_imm(at(S, 0), value),
+            Err(_) => {
+                self.code.mov_imm(T, address);
+                self.code.op(Op::Store, T, at(S, 0));
+            }
+        }
+        self.code.op(Op::Lea, RSP, at(RSP, -8));
+    }
+
+    /// An instruction without memory.
+    fn registers(&mut self, insn: &Insn) {
+        let i = &insn.instruction;
+        let operands = |n| {
+            (0..i.op_count())
+                .any(|o| i.op_kind(o) == OpKind::Register && i.op_register(o).full_register() == n)
+        };
+        let address = |n: Register| {
+            i.mnemonic() == Mnemonic::Lea
+                && (i.memory_base().full_register() == n || i.memory_index().full_register() == n)
+        };
+        let stolen = [(Register::R10, T, 10), (Register::R11, S, 11)];
+        for (register, scratch, number) in stolen {
+            if operands(register) || address(register) {
+                self.load(scratch, number);
+            }
+        }
+        if insn.traps {
+            self.note_trap(i);
+        }
+        self.copy(i);
+        for (register, scratch, number) in stolen {
+            if operands(register) {
+                self.store(number, scratch);
+            }
+        }
+    }
+
+    /// An instruction with a memory operand.
+    fn memory(&mut self, insn: &Insn, size: u8, write: bool) -> Result<(), Unencodable> {
+        let i = &insn.instruction;
+        self.check(Address::Operand(i), size, write, insn.live, i.ip());
+        let mut host = *i;
+        host.set_memory_base(Register::R11);
+        host.set_memory_index(Register::None);
+        host.set_memory_index_scale(1);
+        host.set_memory_displacement64(0);
+        host.set_memory_displ_size(0);
+        host.set_segment_prefix(Register::None);
+        let mut data = None;
+        for n in 0..i.op_count() {
+            if i.op_kind(n) != OpKind::Register || !is_stolen(i.op_register(n)) {
+                continue;
+            }
+            let register = i.op_register(n);
+            data = Some(register.full_register().number());
+            if register.full_register() == Register::R11 {
+                let renamed = match register.size() {
+                    8 => Register::R10,
+                    4 => Register::R10D,
+                    2 => Register::R10W,
+                    _ => Register::R10L,
+                };
+                host.set_op_register(n, renamed);
+            }
+        }
+        if let Some(number) = data {
+            self.load(T, number);
+        }
+        if insn.traps {
+            self.note_trap(i);
+        }
+        let address = self.code.here() as u64;
+        let len = self.tools.encoder.encode(&host, address);
+        let bytes = self.tools.encoder.take_buffer();
+        if len.is_err() {
+            return Err(Unencodable);
+        }
+        self.code.raw(&bytes);
+        self.tools.encoder.set_buffer({
+            let mut bytes = bytes;
+            bytes.clear();
+            bytes
+        });
+        let writes = i.op0_kind() == OpKind::Register
+            || matches!(i.mnemonic(), Mnemonic::Xchg | Mnemonic::Xadd);
+        if let Some(number) = data
+            && writes
+        {
+            self.store(number, T);
+        }
+        Ok(())
+    }
+}
