@@ -209,6 +209,7 @@ class Run:
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=messages, start_new_session=True
             )
             try:
+                self.group_niceness()
                 self.follow(console)
             finally:
                 self.end()
@@ -219,6 +220,14 @@ class Run:
                     tail += b"\n".join(f.read().splitlines()[-4:]) + b"\n"
             problem(f"{name} did not reach its end")
             print(tail.decode(errors="replace").strip(), file=sys.stderr)
+
+    def group_niceness(self):
+        """Where the scheduler groups processes by session, only the group's niceness counts against other sessions."""
+        try:
+            with open(f"/proc/{self.process.pid}/autogroup", "w") as f:
+                f.write(str(self.a.nice))
+        except OSError:
+            pass  # no such grouping here
 
     def follow(self, console):
         deadline = self.start + self.a.timeout
@@ -449,7 +458,8 @@ def print_markdown(result, names, description):
             ("memory_after_rows_mib", "memory beside the guest's RAM, after the rows, MiB"),
             ("idle_cpu_percent", "idle guest, % of a CPU"),
         ):
-            line([title] + [figure(m[key], 2) for m in machines.values()])
+            if any(m[key] is not None for m in machines.values()):
+                line([title] + [figure(m[key], 2) for m in machines.values()])
         print()
     print(description)
 
