@@ -93,6 +93,11 @@ fn virtual_8086_mode() {
 }
 
 #[test]
+fn gates() {
+    Guest::new("gates32").runs();
+}
+
+#[test]
 fn tasks() {
     Guest::new("tasks32").runs();
 }
