@@ -170,27 +170,39 @@ static void stay_on_this_cpu(void)
 	sched_setaffinity(0, sizeof set, &set);
 }
 
-/* Which mitigations the kernel chooses by the processor it sees decides what system calls cost. */
+/* Which mitigations the kernel chooses by the processor it sees decides what a system call costs. */
 static void describe_kernel(void)
 {
+	static const char *const weaknesses[] = { "meltdown", "spectre_v2", "retbleed" };
 	struct utsname name;
-	char line[4096];
-	const char *isolated = "shared page tables";
-	FILE *f = fopen("/proc/cpuinfo", "r");
+	char line[1024];
+	size_t n;
 
-	while (f && fgets(line, sizeof line, f))
-		if (!strncmp(line, "flags", 5) && strstr(line, " pti "))
-			isolated = "page table isolation";
 	uname(&name);
-	snprintf(line, sizeof line, "SUITE-KERNEL %s %s, %s", name.sysname, name.release, isolated);
+	n = snprintf(line, sizeof line, "SUITE-KERNEL %s %s", name.sysname, name.release);
+	for (size_t i = 0; i < COUNT(weaknesses); i++) {
+		char path[96], text[160] = "unknown";
+		FILE *f;
+
+		snprintf(path, sizeof path, "/sys/devices/system/cpu/vulnerabilities/%s", weaknesses[i]);
+		f = fopen(path, "r");
+		if (f) {
+			if (fgets(text, sizeof text, f))
+				text[strcspn(text, ",;\n")] = 0;
+			fclose(f);
+		}
+		n += snprintf(line + n, sizeof line - n, "; %s: %s", weaknesses[i], text);
+	}
 	say(line);
 }
 
 static void mount_all(void)
 {
 	mkdir("/proc", 0755);
+	mkdir("/sys", 0755);
 	mkdir("/tmp", 0755);
 	CHECK(mount("proc", "/proc", "proc", 0, NULL) == 0);
+	CHECK(mount("sysfs", "/sys", "sysfs", 0, NULL) == 0);
 	CHECK(mount("tmpfs", "/tmp", "tmpfs", 0, NULL) == 0);
 }
 
