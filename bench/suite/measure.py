@@ -55,7 +55,7 @@ def arguments():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--engines", default="interp", help="Lodger's engines, with commas (default: interp); '' for none")
+    p.add_argument("--engines", default="interp,dbt", help="Lodger's engines, with commas (default: interp,dbt); '' for none")
     p.add_argument("--rows", help="groups or group/row, with commas (default: all)")
     p.add_argument("--quick", action="store_true", help="one repetition, 100 ms for a row")
     p.add_argument("--repeat", type=int, help="repetitions (default: 3)")
