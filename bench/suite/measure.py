@@ -312,7 +312,7 @@ def measure_rows(a, guests, log):
                     continue
                 if run.share < 0.9:
                     say(f"  it got {run.share:.0%} of a CPU: the host is busy")
-                if abs(run.guest_seconds / run.host_seconds - 1) > 0.05:
+                if abs(run.guest_seconds - run.host_seconds) > 0.05 * run.host_seconds + 0.3:  # lines are read late on a busy host
                     problem(f"{name}: the rows took {run.guest_seconds:.1f} s by the guest's clock, {run.host_seconds:.1f} s by the host's")
     finally:
         shutil.rmtree(scratch)
