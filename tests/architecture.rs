@@ -17,7 +17,7 @@ engine/softmmu: memory/guest_memory isa/x86 support/host_sys
 engine/lapic: isa/x86
 engine/native: support/host_sys
 engine/interp: support/clock support/host_sys memory/guest_memory engine/lapic engine/native engine/softmmu engine/vcpu isa/x86
-engine/dbt_x86: support/host_sys engine/interp engine/native engine/softmmu engine/vcpu isa/x86
+engine/dbt_x86: support/host_sys engine/interp engine/native engine/softmmu engine/vcpu isa/x86 test:support/clock test:memory/guest_memory
 engine/kvm: support/clock memory/guest_memory engine/vcpu isa/x86
 devices/device_model: memory/address_space support/clock memory/guest_memory
 devices/chipset: memory/address_space support/clock devices/device_model memory/guest_memory

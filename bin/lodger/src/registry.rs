@@ -28,7 +28,7 @@ const SOFTWARE_TSC_KHZ: u32 = 2_000_000;
 pub fn engines() -> Vec<Box<dyn Engine>> {
     vec![
         Box::new(KvmEngine::default()),
-        Box::new(DbtEngine),
+        Box::new(DbtEngine::default()),
         Box::new(InterpEngine),
     ]
 }
@@ -49,8 +49,8 @@ pub fn choose(choice: EngineChoice) -> Result<Chosen, Error> {
         tsc_khz: lodger_host_sys::tsc::frequency_khz(),
     };
     match choice {
-        EngineChoice::Dbt => match DbtEngine.probe() {
-            Ok(_) => Ok(software(Box::new(DbtEngine), "asked for".into())),
+        EngineChoice::Dbt => match DbtEngine::default().probe() {
+            Ok(_) => Ok(software(Box::new(DbtEngine::default()), "asked for".into())),
             Err(error) => Err(Error::Engine(format!(
                 "{error}; --engine interp works everywhere"
             ))),

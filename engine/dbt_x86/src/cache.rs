@@ -19,13 +19,14 @@ use lodger_host_sys::low::LowBox;
 use lodger_interp::Cpu;
 use lodger_softmmu::MmuIndex;
 
+use crate::dump;
 use crate::emit::{Code, distance};
 use crate::env::{Env, JUMP_SLOTS, Layout};
 use crate::routines::{Routines, assemble};
-use crate::translate::{Block as Translation, Mode, Site, Source, Tools};
+use crate::translate::{Block as Translation, Mode, Site, Source, Tools, Trap};
 
 /// Bytes of translated code that the vCPUs of a VM hold together, at most.
-const TOTAL: usize = 64 << 20;
+const TOTAL: usize = 32 << 20;
 /// Room that a block may need.
 const BLOCK: usize = 64 << 10;
 /// Sites that are kept, at most: the code cache is full before.
@@ -48,7 +49,7 @@ struct Block {
     bytes: Box<[u8]>,
     /// Sites whose jump leads here.
     incoming: Vec<u32>,
-    traps: Box<[(u32, u16)]>,
+    traps: Box<[Trap]>,
 }
 
 /// Counters for a person.
@@ -83,8 +84,8 @@ pub struct Cache {
 }
 
 impl Cache {
-    pub fn new(layout: Layout, vcpus: usize) -> io::Result<Cache> {
-        let size = (TOTAL / vcpus).max(8 << 20);
+    pub fn new(layout: Layout, vcpus: usize, exact_flags: bool) -> io::Result<Cache> {
+        let size = (TOTAL / vcpus).max(4 << 20);
         let mut memory = ExecutableMemory::new(size)?;
         let (code, routines) =
             assemble(&layout, memory.next(64)).map_err(|e| io::Error::other(e.to_string()))?;
@@ -94,7 +95,7 @@ impl Cache {
             routines,
             fixed: memory.used(),
             memory,
-            tools: Tools::new(),
+            tools: Tools::new(exact_flags),
             sites: Vec::new(),
             blocks: Vec::new(),
             by_address: HashMap::new(),
@@ -286,6 +287,10 @@ impl Cache {
             incoming: Vec::new(),
             traps: translated.traps.into(),
         };
+        if tracing::enabled!(target: "lodger_dbt_x86::dump", tracing::Level::TRACE) {
+            let text = dump::block(&block.bytes, linear, &self.buffer, base as u64);
+            tracing::trace!(target: "lodger_dbt_x86::dump", "block {linear:x}, {mode:?}\n{text}");
+        }
         self.counters.translated_blocks += 1;
         self.counters.translated_instructions += translated.insns as u64;
         let id = self.blocks.len() as BlockId;
@@ -341,13 +346,13 @@ impl Cache {
         }
     }
 
-    /// Guest address of the instruction on which the host trapped at `place`.
-    pub fn trapped(&self, place: u64) -> u64 {
+    /// Guest address of the instruction on which the host trapped at `place`, and the instructions of its block from there on.
+    pub fn trapped(&self, place: u64) -> (u64, u8) {
         let place = place as u32;
         let after = self.blocks.partition_point(|b| b.entry <= place);
         let block = &self.blocks[after.checked_sub(1).expect("code belongs to a block")];
-        let found = block.traps.iter().find(|(at, _)| *at == place);
-        let (_, offset) = found.expect("only noted instructions trap");
-        block.linear.wrapping_add(u64::from(*offset))
+        let found = block.traps.iter().find(|trap| trap.place == place);
+        let trap = found.expect("only noted instructions trap");
+        (block.linear.wrapping_add(trap.offset.into()), trap.rest)
     }
 }

@@ -10,7 +10,10 @@ use crate::run::Dbt;
 
 /// The binary translator as an engine.
 #[derive(Debug, Default)]
-pub struct DbtEngine;
+pub struct DbtEngine {
+    /// Status flags that the guest does not use any more are still right when an exception saves them. Slower: for tests.
+    pub exact_flags: bool,
+}
 
 impl Engine for DbtEngine {
     fn name(&self) -> &'static str {
@@ -28,6 +31,7 @@ impl Engine for DbtEngine {
     }
 
     fn create_vm(&self, config: VmConfig) -> Result<Arc<dyn EngineVm>, EngineError> {
-        create_vm(config, Dbt::new)
+        let exact_flags = self.exact_flags;
+        create_vm(config, move |cpu| Dbt::new(cpu, exact_flags))
     }
 }

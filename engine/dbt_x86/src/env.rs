@@ -29,12 +29,17 @@ pub struct Env {
     pub trap: u64,
     /// A value between the two checks of an instruction that accesses memory twice.
     pub value: u64,
+    /// What the return address of an indirect call replaced.
+    pub replaced: u64,
     /// Site of the latest indirect jump.
     pub indirect: u64,
     /// Masks for PEXT.
     pub slot_mask: u64,
     pub page_mask: u64,
     pub offset_mask: u64,
+    pub sign_mask: u64,
+    /// Ticks until the limit, if ticks are counted.
+    pub ticks_left: u64,
     pub jumps: [JumpTable; 3],
 }
 
@@ -103,6 +108,9 @@ impl Layout {
     pub fn value(&self) -> u32 {
         self.env + offset_of!(Env, value) as u32
     }
+    pub fn replaced(&self) -> u32 {
+        self.env + offset_of!(Env, replaced) as u32
+    }
     pub fn indirect(&self) -> u32 {
         self.env + offset_of!(Env, indirect) as u32
     }
@@ -114,6 +122,12 @@ impl Layout {
     }
     pub fn offset_mask(&self) -> u32 {
         self.env + offset_of!(Env, offset_mask) as u32
+    }
+    pub fn sign_mask(&self) -> u32 {
+        self.env + offset_of!(Env, sign_mask) as u32
+    }
+    pub fn ticks_left(&self) -> u32 {
+        self.env + offset_of!(Env, ticks_left) as u32
     }
     /// The jump table of a privilege.
     pub fn jumps(&self, index: MmuIndex) -> u32 {

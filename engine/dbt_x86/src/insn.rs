@@ -146,6 +146,7 @@ impl Insn {
             }
             // What these leave undefined is what was there, on some processors.
             M::Bsf | M::Bsr => RflagsBits::ZF,
+            M::Div | M::Idiv => 0,
             _ => i.rflags_modified(),
         }
     }

@@ -16,6 +16,8 @@
 #![allow(missing_docs)]
 
 mod cache;
+mod check;
+mod dump;
 mod emit;
 mod engine;
 mod env;

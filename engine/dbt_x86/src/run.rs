@@ -4,7 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use lodger_host_sys::low::LowBox;
-use lodger_interp::{CodeSize, Cpu, Next, RIP, Translator, canonical};
+use lodger_interp::{CodeSize, Cpu, Next, RIP, Translator, canonical, seg};
 use lodger_softmmu::MmuIndex;
 use lodger_vcpu::EngineError;
 use lodger_x86::bits::STATUS_FLAGS;
@@ -42,14 +42,15 @@ fn failed(source: io::Error) -> EngineError {
 const OF: u64 = 1 << 11;
 
 impl Dbt {
-    pub fn new(cpu: &Cpu) -> Result<Dbt, EngineError> {
+    pub fn new(cpu: &Cpu, exact_flags: bool) -> Result<Dbt, EngineError> {
         // SAFETY: numbers.
         let mut env = unsafe { LowBox::<Env>::zeroed() }.map_err(failed)?;
         let layout = Layout::new(cpu, &env);
         env.slot_mask = (lodger_softmmu::ENTRIES as u64 - 1) << 12;
         env.page_mask = !0xfff;
         env.offset_mask = 0xfff;
-        let cache = Cache::new(layout, cpu.vcpus()).map_err(failed)?;
+        env.sign_mask = 1 << 63;
+        let cache = Cache::new(layout, cpu.vcpus(), exact_flags).map_err(failed)?;
         cache.init(&mut env);
         let range = cache.range();
         let executing = Executing {
@@ -108,10 +109,28 @@ impl Dbt {
         self.env.exit as u32
     }
 
+    /// Runs code, counting ticks if there is a limit.
+    fn run_counted(&mut self, cpu: &mut Cpu) -> Next {
+        let most = match cpu.tick_limit {
+            None => 0,
+            Some(limit) => (limit - cpu.ticks).min(i64::MAX as u64),
+        };
+        self.env.ticks_left = most;
+        let next = self.run_code(cpu);
+        cpu.ticks += most - self.env.ticks_left;
+        next
+    }
+
+    /// So many of the instructions that were counted have not been executed.
+    fn refund(&mut self, count: u8) {
+        self.env.ticks_left = self.env.ticks_left.wrapping_add(count.into());
+    }
+
     fn run_code(&mut self, cpu: &mut Cpu) -> Next {
         let mode = Mode {
             mmu: cpu.mmu,
             simd: self.simd,
+            counted: cpu.tick_limit.is_some(),
         };
         let rip = cpu.rip();
         let Some(id) = self.cache.find(cpu, &mut self.env, rip, mode) else {
@@ -129,6 +148,12 @@ impl Dbt {
                         let Site::Indirect { rip, undo } = site else {
                             unreachable!("noted by an indirect jump")
                         };
+                        self.refund((mode.counted).into());
+                        if undo > 0 {
+                            let bytes = self.env.replaced.to_le_bytes();
+                            // It was written a moment ago; if that is no longer possible it does not matter either.
+                            let _ = cpu.write_bytes(cpu.regs[4], seg::SS, &bytes);
+                        }
                         cpu.regs[4] = cpu.regs[4].wrapping_add(undo as u64);
                         cpu.set_rip(rip);
                         return Next::Interpret;
@@ -144,7 +169,8 @@ impl Dbt {
                     target = self.cache.body(id);
                 }
                 exit::TRAP => {
-                    let rip = self.cache.trapped(self.env.trap);
+                    let (rip, rest) = self.cache.trapped(self.env.trap);
+                    self.refund(rest);
                     cpu.set_rip(rip);
                     return Next::Interpret;
                 }
@@ -172,11 +198,13 @@ impl Dbt {
                         retry,
                         size,
                         write,
+                        rest,
                     } => {
                         let access = if write { Access::Write } else { Access::Read };
                         let linear = self.env.argument;
                         cpu.set_rip(rip);
                         if !cpu.prepare(linear, size.into(), access) {
+                            self.refund(rest);
                             return Next::Interpret;
                         }
                         target = retry.into();
@@ -184,6 +212,11 @@ impl Dbt {
                     Site::Requests { rip } => {
                         cpu.set_rip(rip);
                         return Next::Attend;
+                    }
+                    Site::Limit { rip, total } => {
+                        self.refund(total);
+                        cpu.set_rip(rip);
+                        return Next::Interpret;
                     }
                     Site::Indirect { .. } => unreachable!("is never left at"),
                 },
@@ -197,6 +230,9 @@ impl Translator for Dbt {
         if cpu.code != CodeSize::Bits64 {
             return Next::Interpret;
         }
+        if cpu.tick_limit.is_some_and(|limit| cpu.ticks >= limit) {
+            return Next::Attend;
+        }
         if cpu.changes.any() {
             self.apply_changes(cpu);
         }
@@ -209,7 +245,7 @@ impl Translator for Dbt {
             self.cache.clear(&mut self.env);
         }
         let executing = self.executing;
-        match traps::with(executing, || self.run_code(cpu)) {
+        match traps::with(executing, || self.run_counted(cpu)) {
             Ok(next) => next,
             Err(error) => {
                 tracing::error!("translated code cannot be used: {error}");

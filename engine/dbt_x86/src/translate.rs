@@ -10,8 +10,9 @@ use iced_x86::{
     Decoder, DecoderError, DecoderOptions, Encoder, Instruction, InstructionInfoFactory, Mnemonic,
     OpKind, Register,
 };
-use lodger_softmmu::{ENTRIES, MmuIndex, TlbEntry};
+use lodger_softmmu::MmuIndex;
 
+use crate::check::Address;
 use crate::emit::{Code, Jump, Mem, Op, RBP, RCX, RSP, Reg, S, T, abs, at, cc};
 use crate::env::{JUMP_SLOTS, Layout};
 use crate::insn::{FLAGS, Insn, Kind, Simd, is_stolen};
@@ -20,9 +21,6 @@ use crate::insn::{FLAGS, Insn, Kind, Simd, is_stolen};
 const MAX_INSNS: usize = 48;
 /// Instructions that are looked at to find out which flags are needed.
 const AHEAD: usize = 10;
-/// Bits above which all are equal in a canonical address.
-const TAG: i32 = TlbEntry::LAYOUT.0 as i32;
-const PAGE: i32 = TlbEntry::LAYOUT.1 as i32;
 
 /// What to do when the code is left at a place.
 #[derive(Debug, Clone, Copy)]
@@ -44,11 +42,15 @@ pub enum Site {
         retry: u32,
         size: u8,
         write: bool,
+        /// Instructions of the block from this one on, if ticks are counted.
+        rest: u8,
     },
     /// There are requests; go on at `rip`.
     Requests { rip: u64 },
     /// An indirect jump of the instruction at `rip`; to undo it, `undo` is to be added to RSP.
     Indirect { rip: u64, undo: i64 },
+    /// The tick limit is nearer than the end of the block at `rip`, which has so many instructions.
+    Limit { rip: u64, total: u8 },
 }
 
 /// What the translation depends on.
@@ -56,6 +58,8 @@ pub enum Site {
 pub struct Mode {
     pub mmu: MmuIndex,
     pub simd: Simd,
+    /// Ticks are counted.
+    pub counted: bool,
 }
 
 /// A block to be translated.
@@ -73,11 +77,21 @@ pub struct Source<'a> {
 pub struct Translated {
     /// Where other code jumps to.
     pub body: usize,
-    /// Host address after which a trap of the instruction at the guest offset is reported.
-    pub traps: Vec<(u32, u16)>,
+    pub traps: Vec<Trap>,
     /// Bytes of guest code.
     pub len: usize,
     pub insns: usize,
+}
+
+/// An instruction on which the host may trap.
+#[derive(Debug, Clone, Copy)]
+pub struct Trap {
+    /// Host address.
+    pub place: u32,
+    /// Its offset from the block's start.
+    pub offset: u16,
+    /// Instructions of the block from this one on, if ticks are counted.
+    pub rest: u8,
 }
 
 /// What is kept between blocks.
@@ -85,16 +99,16 @@ pub struct Tools {
     encoder: Encoder,
     info: InstructionInfoFactory,
     insns: Vec<Insn>,
-    pub strict_flags: bool,
+    exact_flags: bool,
 }
 
 impl Tools {
-    pub fn new() -> Tools {
+    pub fn new(exact_flags: bool) -> Tools {
         Tools {
             encoder: Encoder::new(64),
             info: InstructionInfoFactory::new(),
             insns: Vec::new(),
-            strict_flags: false,
+            exact_flags,
         }
     }
 }
@@ -106,7 +120,7 @@ struct Stub {
     site: u32,
 }
 
-enum Rare {
+pub enum Rare {
     /// A site, nothing else to do.
     Leave,
     /// The tag was subtracted from the address; it is at this place.
@@ -117,22 +131,17 @@ enum Rare {
 
 pub struct Block<'a> {
     tools: &'a mut Tools,
-    layout: &'a Layout,
-    source: &'a Source<'a>,
+    pub layout: &'a Layout,
+    pub source: &'a Source<'a>,
     leave: usize,
     miss: usize,
-    code: &'a mut Code,
+    pub code: &'a mut Code,
     sites: &'a mut Vec<Site>,
     stubs: Vec<Stub>,
-    traps: Vec<(u32, u16)>,
-}
-
-/// An effective address.
-#[derive(Clone, Copy)]
-enum Address<'a> {
-    Operand(&'a Instruction),
-    /// A register and a displacement.
-    Register(Reg, i32),
+    traps: Vec<Trap>,
+    /// Instructions of the block, and of these not yet executed before the current one; zero if ticks are not counted.
+    total: u8,
+    pub rest: u8,
 }
 
 /// The instruction cannot be encoded.
@@ -158,6 +167,8 @@ impl<'a> Block<'a> {
             sites,
             stubs: Vec::new(),
             traps: Vec::new(),
+            total: 0,
+            rest: 0,
         }
     }
 
@@ -197,7 +208,7 @@ impl<'a> Block<'a> {
 
     /// Flags that code at `target` needs, as far as it is known.
     fn ahead(&mut self, target: u64, depth: u32) -> u32 {
-        if self.tools.strict_flags || (target ^ self.source.linear) >> 12 != 0 {
+        if self.tools.exact_flags || (target ^ self.source.linear) >> 12 != 0 {
             return FLAGS;
         }
         let bytes = &self.source.page[(target & 0xfff) as usize..];
@@ -248,7 +259,7 @@ impl<'a> Block<'a> {
             if let Kind::Branch(to) | Kind::ShortBranch(to) = insn.kind {
                 live |= self.ahead(to, 2);
             }
-            live = if self.tools.strict_flags {
+            live = if self.tools.exact_flags {
                 FLAGS
             } else {
                 insn.live_before(live)
@@ -263,6 +274,9 @@ impl<'a> Block<'a> {
         let start = self.source.linear;
         self.prologue(insns[0].live);
         let body = self.code.here();
+        if self.source.mode.counted {
+            self.charge(insns);
+        }
         let mut ended = false;
         let mut end = start;
         let mut count = 0;
@@ -273,6 +287,7 @@ impl<'a> Block<'a> {
             if self.insn(insn).is_err() {
                 self.code.bytes.truncate(length);
                 self.stubs.truncate(stubs);
+                self.refund(self.rest);
                 self.leave_at(Site::Interpret {
                     rip: insn.instruction.ip(),
                 });
@@ -280,6 +295,7 @@ impl<'a> Block<'a> {
                 break;
             }
             ended = insn.ends_block();
+            self.rest = self.rest.saturating_sub(1);
         }
         if !ended {
             let live = self.ahead(end, 1);
@@ -287,6 +303,44 @@ impl<'a> Block<'a> {
         }
         self.emit_stubs();
         (body, end.wrapping_sub(start) as usize, count)
+    }
+
+    /// Counts all instructions of the block that are not the interpreter's, or leaves before the first if they are too many.
+    fn charge(&mut self, insns: &[Insn]) {
+        let counted = insns.iter().filter(|i| i.kind != Kind::Interpret);
+        self.total = counted.count() as u8;
+        self.rest = self.total;
+        if self.total == 0 {
+            return;
+        }
+        let left = abs(self.layout.ticks_left());
+        let sign = self.layout.sign_mask();
+        let c = &mut *self.code;
+        c.mov(T, RCX);
+        c.op(Op::Mov, RCX, left);
+        c.op(Op::Lea, RCX, at(RCX, -i32::from(self.total)));
+        c.op(Op::Store, RCX, left);
+        c.pext(RCX, RCX, sign);
+        let enough = c.jrcxz();
+        c.mov(RCX, T);
+        let jump = c.jmp_forward();
+        c.land(enough);
+        c.mov(RCX, T);
+        let site = Site::Limit {
+            rip: self.source.linear,
+            total: self.total,
+        };
+        self.stub(jump, Rare::Leave, site);
+    }
+
+    /// Takes back the count of instructions that are not executed.
+    fn refund(&mut self, count: u8) {
+        if count > 0 {
+            let left = abs(self.layout.ticks_left());
+            self.code.op(Op::Mov, T, left);
+            self.code.op(Op::Lea, T, at(T, count.into()));
+            self.code.op(Op::Store, T, left);
+        }
     }
 
     /// The entry for jumps through a table: S must be this block's address, and requests are looked at.
@@ -349,7 +403,7 @@ impl<'a> Block<'a> {
         self.sites.len() as u32 - 1
     }
 
-    fn stub(&mut self, jump: Jump, what: Rare, site: Site) {
+    pub fn stub(&mut self, jump: Jump, what: Rare, site: Site) {
         let site = self.site(site);
         self.stubs.push(Stub { jump, what, site });
     }
@@ -434,8 +488,10 @@ impl<'a> Block<'a> {
     /// A conditional jump with `condition`.
     fn branch(&mut self, condition: u8, target: u64, from: u64) {
         let live = self.ahead(target, 2);
-        if target <= from {
+        let rest = self.rest.saturating_sub(1);
+        if target <= from || rest > 0 {
             let over = self.code.jcc_forward(condition ^ 1);
+            self.refund(rest);
             self.go(target, from.wrapping_add(1), live);
             self.code.land(over);
         } else if self.is_near(target) {
@@ -463,156 +519,13 @@ impl<'a> Block<'a> {
     }
 
     /// The host register that holds 64-bit guest `register`, which is loaded into `scratch` if need be.
-    fn get(&mut self, register: Register, scratch: Reg) -> Reg {
+    pub fn get(&mut self, register: Register, scratch: Reg) -> Reg {
         let number = register.full_register().number();
         if is_stolen(register) {
             self.load(scratch, number);
             return scratch;
         }
         Reg(number as u8)
-    }
-
-    /// Puts an effective address into S; the address if it is a constant. T is destroyed, flags unless `live`.
-    fn address(&mut self, address: Address, live: bool) -> Option<u64> {
-        let i = match address {
-            Address::Register(base, disp) => {
-                self.code.op(Op::Lea, S, at(base, disp));
-                return None;
-            }
-            Address::Operand(i) => i,
-        };
-        let base_of = match i.memory_segment() {
-            Register::FS => Some(4),
-            Register::GS => Some(5),
-            _ => None,
-        };
-        let (base, index) = (i.memory_base(), i.memory_index());
-        let constant = if i.is_ip_rel_memory_operand() {
-            Some(i.ip_rel_memory_address())
-        } else if base == Register::None && index == Register::None {
-            Some(i.memory_displacement64())
-        } else {
-            None
-        };
-        match constant {
-            Some(value) => {
-                self.code.mov_imm(S, value);
-                if base_of.is_none() {
-                    return Some(value);
-                }
-            }
-            None => {
-                let short = i.memory_base().is_gpr32() || i.memory_index().is_gpr32();
-                let base = (base != Register::None).then(|| self.get(base, S));
-                let index = (index != Register::None).then(|| self.get(index, T));
-                let mem = Mem {
-                    base,
-                    index,
-                    scale: i.memory_index_scale().trailing_zeros() as u8,
-                    disp: i.memory_displacement64() as i32,
-                };
-                match short {
-                    true => self.code.op32(Op::Lea, S, mem),
-                    false => self.code.op(Op::Lea, S, mem),
-                }
-            }
-        }
-        if let Some(segment) = base_of {
-            let place = abs(self.layout.bases + 8 * segment);
-            if live {
-                self.code.op(Op::Mov, T, place);
-                self.code.op(
-                    Op::Lea,
-                    S,
-                    Mem {
-                        base: Some(S),
-                        index: Some(T),
-                        scale: 0,
-                        disp: 0,
-                    },
-                );
-            } else {
-                self.code.op(Op::Add, S, place);
-            }
-        }
-        None
-    }
-
-    /// Looks up an access of the instruction at `rip`: S becomes its host address. T is destroyed, flags only if none are `live`.
-    fn check(&mut self, address: Address, size: u8, write: bool, live: u32, rip: u64) {
-        let retry = self.code.here() as u32;
-        let site = Site::Access {
-            rip,
-            retry,
-            size,
-            write,
-        };
-        let constant = self.address(address, live != 0);
-        let table = self.layout.tables[self.source.mode.mmu as usize][usize::from(write)];
-        if live != 0 {
-            return self.check_with_flags(table, site, size);
-        }
-        let entry = match constant {
-            Some(linear) => {
-                let slot = (linear >> 12) as usize % ENTRIES;
-                abs(table + (slot * size_of::<TlbEntry>()) as u32)
-            }
-            None => {
-                self.code.rorx(T, S, 8);
-                self.code.and32(T, (ENTRIES as u32 - 1) << 4);
-                at(T, table as i32)
-            }
-        };
-        let plus = |mem: Mem, by: i32| Mem {
-            disp: mem.disp + by,
-            ..mem
-        };
-        let tag = plus(entry, TAG);
-        self.code.op(Op::Sub, S, tag);
-        self.code.cmp_imm(S, 4096 - i32::from(size));
-        let jump = self.code.jcc_forward(cc::A);
-        self.stub(jump, Rare::Tagged(tag), site);
-        self.code.op(Op::Add, S, plus(entry, PAGE));
-    }
-
-    /// The same without touching a flag.
-    fn check_with_flags(&mut self, table: u32, site: Site, size: u8) {
-        let (slots, pages, offsets) = (
-            self.layout.slot_mask(),
-            self.layout.page_mask(),
-            self.layout.offset_mask(),
-        );
-        let entry = |by: i32| Mem {
-            base: None,
-            index: Some(RCX),
-            scale: 3,
-            disp: table as i32 + by,
-        };
-        let sum = |index, disp| Mem {
-            base: Some(RCX),
-            index: Some(index),
-            scale: 0,
-            disp,
-        };
-        let c = &mut *self.code;
-        c.mov(T, RCX);
-        c.pext(RCX, S, slots);
-        c.op32(Op::Lea, RCX, sum(RCX, 0));
-        c.op(Op::Mov, RCX, entry(TAG));
-        c.not(RCX);
-        c.op(Op::Lea, RCX, sum(S, size.into()));
-        c.pext(RCX, RCX, pages);
-        let hit = c.jrcxz();
-        c.mov(RCX, T);
-        let cold = c.jmp_forward();
-        c.land(hit);
-        c.pext(RCX, S, slots);
-        c.op32(Op::Lea, RCX, sum(RCX, 0));
-        c.op(Op::Mov, RCX, entry(PAGE));
-        c.pext(S, S, offsets);
-        c.op(Op::Lea, S, sum(S, 0));
-        c.mov(RCX, T);
-        self.stub(cold, Rare::Leave, site);
     }
 
     /// The guest's own bytes.
@@ -624,8 +537,11 @@ impl<'a> Block<'a> {
 
     /// The host may trap on the instruction that comes next.
     fn note_trap(&mut self, i: &Instruction) {
-        let offset = i.ip().wrapping_sub(self.source.linear) as u16;
-        self.traps.push((self.code.here() as u32, offset));
+        self.traps.push(Trap {
+            place: self.code.here() as u32,
+            offset: i.ip().wrapping_sub(self.source.linear) as u16,
+            rest: self.rest,
+        });
     }
 
     fn insn(&mut self, insn: &Insn) -> Result<(), Unencodable> {
@@ -686,6 +602,7 @@ impl<'a> Block<'a> {
                 let taken = self.code.short();
                 let over = self.code.jmp_forward();
                 self.code.land(taken);
+                self.refund(self.rest.saturating_sub(1));
                 self.go(target, rip.wrapping_add(1), live);
                 self.code.land(over);
             }
@@ -749,6 +666,9 @@ impl<'a> Block<'a> {
 
     fn call_value(&mut self, i: &Instruction, live: u32, rip: u64) {
         self.check(Address::Register(RSP, -8), 8, true, live, rip);
+        // What the return address replaces, in case that the target is found to be not canonical.
+        self.code.op(Op::Mov, T, at(S, 0));
+        self.code.op(Op::Store, T, abs(self.layout.replaced()));
         self.push_return(i.next_ip());
         self.code.op(Op::Mov, S, abs(self.layout.value()));
         self.indirect(rip, 8);

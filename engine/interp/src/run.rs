@@ -160,9 +160,9 @@ impl<T: Translator> InterpVcpu<T> {
                 || c.flags & (RFlags::TF | RFlags::RF).bits() != 0
                 || c.watch.any()
                 || c.io.is_active();
-            // Ticks are exact, but only the interpreter counts.
-            let translated = !T::ABSENT && !stepping && c.tick_limit.is_none();
-            if translated && self.translator.run(c) == Next::Attend {
+            let translated = !T::ABSENT && !stepping;
+            if translated && (self.translator.run(c) == Next::Attend || c.ticks >= c.next_check) {
+                c.check_events = true;
                 continue;
             }
             let block = match c.block() {

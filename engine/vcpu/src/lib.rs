@@ -120,11 +120,12 @@ pub trait Vcpu: Send {
     fn store(&mut self) -> Result<CpuState, EngineError>;
 
     /// Guest instructions retired since creation. A repeated string instruction counts once, when it completes; an
-    /// instruction that faults does not count. Approximate (possibly 0) without `exact_ticks`.
+    /// instruction that faults does not count. Exact only of the time during which a tick limit is set, as counting may
+    /// cost speed; approximate (possibly 0) otherwise and without `exact_ticks`.
     fn ticks(&self) -> u64;
 
-    /// `run` exits with [`Exit::TickLimit`] when `ticks()` reaches `limit` exactly; `None`: no limit. Ignored without
-    /// `exact_ticks`.
+    /// `run` exits with [`Exit::TickLimit`] when `ticks()` reaches `limit` exactly; `u64::MAX`: counts without a limit; `None`: neither.
+    /// Ignored without `exact_ticks`.
     fn set_tick_limit(&mut self, limit: Option<u64>);
 
     /// The handle by which other threads stop this vCPU.

@@ -2,12 +2,12 @@
 //! The executable mapping is in the lowest 2 GiB, so that an absolute address of code fits in 32 bits.
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::io;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 
-use crate::low::LOW;
+use crate::low::map_low;
 
 /// A bump allocator over a block of executable memory.
 pub struct ExecutableMemory {
@@ -21,10 +21,9 @@ impl ExecutableMemory {
     pub fn new(len: usize) -> io::Result<Self> {
         let file = memfd_create("lodger-code", MemfdFlags::CLOEXEC)?;
         ftruncate(&file, len as u64)?;
-        let none = MapFlags::empty();
         Ok(Self {
-            writable: Mapping::new(&file, len, ProtFlags::READ | ProtFlags::WRITE, none)?,
-            executable: Mapping::new(&file, len, ProtFlags::READ | ProtFlags::EXEC, LOW)?,
+            writable: Mapping::new(&file, len, ProtFlags::READ | ProtFlags::WRITE, false)?,
+            executable: Mapping::new(&file, len, ProtFlags::READ | ProtFlags::EXEC, true)?,
             used: 0,
         })
     }
@@ -109,17 +108,14 @@ struct Mapping {
 unsafe impl Send for Mapping {}
 
 impl Mapping {
-    fn new(file: &OwnedFd, len: usize, protection: ProtFlags, flags: MapFlags) -> io::Result<Self> {
-        // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
-        let address = unsafe {
-            mmap(
-                std::ptr::null_mut(),
-                len,
-                protection,
-                MapFlags::SHARED | flags,
-                file,
-                0,
-            )?
+    fn new(file: &OwnedFd, len: usize, protection: ProtFlags, low: bool) -> io::Result<Self> {
+        let map = |address, flags| {
+            // SAFETY: the mapping replaces no existing one.
+            unsafe { mmap(address, len, protection, MapFlags::SHARED | flags, file, 0) }
+        };
+        let address = match low {
+            true => map_low(len, map)?,
+            false => map(std::ptr::null_mut(), MapFlags::empty())?,
         };
         let address = NonNull::new(address.cast()).expect("mmap does not choose address zero");
         Ok(Self { address, len })

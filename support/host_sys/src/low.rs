@@ -1,13 +1,42 @@
 //! Memory in the lowest 2 GiB of the address space, which generated code reaches by absolute 32-bit addresses.
 
+use std::ffi::c_void;
 use std::io;
 use std::ops::{Deref, DerefMut};
-use std::ptr::NonNull;
+use std::ptr::{self, NonNull};
 
+use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
-/// MAP_32BIT of mmap(2), which rustix has no name for.
-pub(crate) const LOW: MapFlags = MapFlags::from_bits_retain(0x40);
+/// MAP_32BIT of mmap(2), which rustix has no name for: the second GiB of the address space.
+const LOW: MapFlags = MapFlags::from_bits_retain(0x40);
+/// The rest of what is low, which must be looked for.
+const START: usize = 16 << 20;
+const END: usize = 1 << 30;
+const STEP: usize = 4 << 20;
+
+/// Calls `map` with an address and flags until it has mapped `len` bytes below 2 GiB.
+pub(crate) fn map_low(
+    len: usize,
+    mut map: impl FnMut(*mut c_void, MapFlags) -> rustix::io::Result<*mut c_void>,
+) -> io::Result<*mut c_void> {
+    let mut result = map(ptr::null_mut(), LOW);
+    let mut address = START;
+    while result == Err(Errno::NOMEM) && address + len <= END {
+        match map(
+            ptr::without_provenance_mut(address),
+            MapFlags::FIXED_NOREPLACE,
+        ) {
+            Ok(memory) => result = Ok(memory),
+            Err(Errno::EXIST) => {}
+            Err(error) => result = Err(error),
+        }
+        address += STEP;
+    }
+    let memory = result?;
+    assert!(memory.addr() + len <= 1 << 31, "what mmap promises");
+    Ok(memory)
+}
 
 /// A value at an address below 2^31 that does not change.
 pub struct LowBox<T> {
@@ -44,16 +73,14 @@ impl<T> LowBox<T> {
 
 fn map<T>() -> io::Result<NonNull<T>> {
     const { assert!(align_of::<T>() <= 4096 && size_of::<T>() > 0) };
-    // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
-    let memory = unsafe {
-        mmap_anonymous(
-            std::ptr::null_mut(),
-            size_of::<T>(),
+    let memory = map_low(size_of::<T>(), |address, flags| {
+        let (access, flags) = (
             ProtFlags::READ | ProtFlags::WRITE,
-            MapFlags::PRIVATE | LOW,
-        )?
-    };
-    assert!((memory as usize + size_of::<T>()) < 1 << 31, "MAP_32BIT");
+            MapFlags::PRIVATE | flags,
+        );
+        // SAFETY: the mapping replaces no existing one.
+        unsafe { mmap_anonymous(address, size_of::<T>(), access, flags) }
+    })?;
     Ok(NonNull::new(memory.cast()).expect("mmap does not choose address zero"))
 }
 

@@ -1,7 +1,5 @@
 //! The data lines, on the interpreter, and those that a user program can run also on the host processor.
 
-use lodger_interp::InterpEngine;
-
 use crate::host::Host;
 use crate::lines::{self, Case, Machines};
 
@@ -32,13 +30,13 @@ fn all(mut check: impl FnMut(&Case) -> Vec<String>) {
 
 #[test]
 fn lines_on_the_interpreter() {
-    let mut machines = Machines::new(&InterpEngine);
+    let mut machines = Machines::new(crate::engine());
     all(|case| case.run(&mut machines));
 }
 
 #[test]
 fn lines_on_the_host() {
-    let mut machines = Machines::new(&InterpEngine);
+    let mut machines = Machines::new(crate::engine());
     let mut host = Host::new();
     all(|case| match case.runs_on_host() {
         true => case.run_on_host(&mut machines, &mut host),

@@ -2,7 +2,6 @@
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use lodger_interp::InterpEngine;
 
 use crate::machine::{CODE, DATA, END_OF_PROGRAM, End, KERNEL, LOW_TABLE, Machine, Mode};
 
@@ -13,7 +12,7 @@ const ENTRIES: u64 = KERNEL + LOW_TABLE;
 
 /// Runs 64-bit code of ring 0 at [`CODE`]; EAX at its end.
 fn run(program: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> u64 {
-    let mut m = Machine::new(&InterpEngine, Mode::Long(0), 1);
+    let mut m = Machine::new(crate::engine(), Mode::Long(0), 1);
     let mut a = CodeAssembler::new(64).expect("64 bits are known");
     program(&mut a).expect("code");
     let code = [a.assemble(CODE).expect("code"), END_OF_PROGRAM.to_vec()].concat();
@@ -143,7 +142,7 @@ fn a_page_changes_places() {
 
 #[test]
 fn the_limit_stops_anywhere_in_a_loop() {
-    let mut m = Machine::new(&InterpEngine, Mode::Long(0), 1);
+    let mut m = Machine::new(crate::engine(), Mode::Long(0), 1);
     // MOV ECX, 1000; INC EAX; ADD [RBX], EAX; LOOP.
     let code = [0xb9, 0xe8, 3, 0, 0, 0xff, 0xc0, 0x01, 0x03, 0xe2, 0xfa];
     m.memory

@@ -6,7 +6,7 @@
 
 use std::arch::asm;
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use iced_x86::code_asm::*;
@@ -84,12 +84,17 @@ const STUBS_AT: usize = 2 * PAGE;
 static ARENA: AtomicPtr<Arena> = AtomicPtr::new(ptr::null_mut());
 /// The thread whose faults are a program's.
 static RUNNING: AtomicU64 = AtomicU64::new(0);
+/// Signals are caught, from the first [`Host`] on.
+static CAUGHT: AtomicBool = AtomicBool::new(false);
+/// The handlers that were there before, by signal.
+static BEFORE: [AtomicUsize; 16] = [const { AtomicUsize::new(0) }; 16];
 static LOCK: Mutex<()> = Mutex::new(());
 
 /// The oracle. There is one at a time, because the addresses and signal handlers are the process's.
 pub struct Host {
     arena: *mut Arena,
     signal_stack: Vec<u8>,
+    stack_before: libc::stack_t,
     /// By bitness 64, then others.
     enter: [u64; 2],
     /// The address programs jump to at their end.
@@ -156,6 +161,11 @@ impl Host {
         let mut host = Host {
             arena,
             signal_stack: vec![0; 128 << 10],
+            stack_before: libc::stack_t {
+                ss_sp: ptr::null_mut(),
+                ss_flags: libc::SS_DISABLE,
+                ss_size: 0,
+            },
             enter: [0; 2],
             leave: 0,
             _lock: lock,
@@ -173,7 +183,10 @@ impl Host {
                 ss_flags: 0,
                 ss_size: self.signal_stack.len(),
             };
-            assert_eq!(libc::sigaltstack(&stack, ptr::null_mut()), 0);
+            assert_eq!(libc::sigaltstack(&stack, &mut self.stack_before), 0);
+            if CAUGHT.swap(true, Ordering::SeqCst) {
+                return;
+            }
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = on_signal as *const () as usize;
             action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
@@ -184,7 +197,9 @@ impl Host {
                 libc::SIGILL,
                 libc::SIGTRAP,
             ] {
-                assert_eq!(libc::sigaction(signal, &action, ptr::null_mut()), 0);
+                let mut before = std::mem::zeroed();
+                assert_eq!(libc::sigaction(signal, &action, &mut before), 0);
+                BEFORE[signal as usize].store(before.sa_sigaction, Ordering::SeqCst);
             }
         }
     }
@@ -390,25 +405,19 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        // SAFETY: takes back what `catch_signals` installed.
+        // SAFETY: takes back the stack that `catch_signals` installed. The handlers stay: the engine under test may know them.
         unsafe {
-            for signal in [
-                libc::SIGSEGV,
-                libc::SIGBUS,
-                libc::SIGFPE,
-                libc::SIGILL,
-                libc::SIGTRAP,
-            ] {
-                libc::signal(signal, libc::SIG_DFL);
-            }
-            let none = libc::stack_t {
-                ss_sp: ptr::null_mut(),
-                ss_flags: libc::SS_DISABLE,
-                ss_size: 0,
-            };
-            libc::sigaltstack(&none, ptr::null_mut());
+            libc::sigaltstack(&self.stack_before, ptr::null_mut());
         }
     }
+}
+
+/// Whether there is memory at `address` in this process, which a program would not find in the guest.
+pub fn is_mapped(address: u64) -> bool {
+    let mut resident = 0;
+    let page = (address & !0xfff) as *mut libc::c_void;
+    // SAFETY: asks about one page, which need not exist.
+    unsafe { libc::mincore(page, 4096, &mut resident) == 0 }
 }
 
 /// An absolute address as an operand.
@@ -416,10 +425,17 @@ fn ptr_at(address: u64) -> AsmMemoryOperand {
     ptr(address)
 }
 
-extern "C" fn on_signal(signal: i32, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
+extern "C" fn on_signal(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: called by the kernel with a valid context; the arena is mapped while a program runs.
     unsafe {
         if RUNNING.load(Ordering::SeqCst) != libc::gettid() as u64 {
+            let before = BEFORE[signal as usize].load(Ordering::SeqCst);
+            if before > libc::SIG_IGN {
+                // The engine under test may use signals as well.
+                type Handler = extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void);
+                let handler: Handler = std::mem::transmute(before);
+                return handler(signal, info, context);
+            }
             libc::signal(signal, libc::SIG_DFL);
             return;
         }

@@ -14,3 +14,11 @@ mod program;
 mod random;
 mod smp;
 mod variants;
+
+/// Status flags that the engine may have forgotten at an exception, because the program does not use them any more.
+const FORGOTTEN: u64 = 0;
+
+/// The engine under test. The binary translator runs the same tests.
+fn engine() -> &'static dyn lodger_vcpu::Engine {
+    &lodger_interp::InterpEngine
+}

@@ -7,14 +7,13 @@ use std::time::Duration;
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use lodger_interp::InterpEngine;
 use lodger_vcpu::{Entry, Exit, Vcpu};
 use lodger_x86::{Activity, CpuState};
 
 use crate::machine::{CODE, DATA, DONE, KERNEL, Machine, Mode};
 
 /// Where a waiting program gives up, so that an error is not a hang.
-const TICKS: u64 = 4_000_000_000;
+const TICKS: u64 = 1 << 40;
 /// Each program's code begins at a multiple of this behind [`CODE`].
 const PROGRAM: u64 = 0x400;
 const FLAG: u64 = DATA + 0x1800;
@@ -90,7 +89,7 @@ fn run_threads(machine: &mut Machine) -> Vec<CpuState> {
 }
 
 fn machine(vcpus: u32) -> Machine {
-    Machine::new(&InterpEngine, Mode::Long(0), vcpus)
+    Machine::new(crate::engine(), Mode::Long(0), vcpus)
 }
 
 fn word(machine: &Machine, at: u64) -> u64 {

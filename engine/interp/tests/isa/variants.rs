@@ -2,7 +2,6 @@
 //! and loaded in between; with data that lies in a device instead of RAM, so that every access is answered outside and the
 //! instruction repeated; with breakpoints on that are not met, which take every access off the fast path.
 
-use lodger_interp::InterpEngine;
 use lodger_x86::CpuState;
 
 use crate::lines::{same, same_state};
@@ -18,7 +17,7 @@ struct Bench {
 
 impl Bench {
     fn new(mode: Mode) -> Bench {
-        let mut machine = Machine::new(&InterpEngine, mode, 1);
+        let mut machine = Machine::new(crate::engine(), mode, 1);
         for page in [CODE >> 12, (CODE >> 12) + 1] {
             machine.set_page(page, 5);
         }

@@ -8,8 +8,8 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::{CodeAssembler, al};
 use lodger_clock::manual::ManualClock;
 use lodger_guest_memory::{GuestMemory, RamRange};
-use lodger_interp::{InterpEngine, host_features};
-use lodger_vcpu::{Engine, Entry, Exit, Vcpu, VmConfig};
+use lodger_interp::host_features;
+use lodger_vcpu::{Entry, Exit, Vcpu, VmConfig};
 use lodger_x86::bits::{cr0, cr4, efer};
 use lodger_x86::{CpuModel, CpuState, DescriptorTable, Segment};
 
@@ -127,7 +127,7 @@ impl Machine {
         .unwrap();
         let clock = ManualClock::new(1_700_000_000_000_000_000);
         let model = Arc::new(CpuModel::v3(1, &host_features(), 1_000_000));
-        let vm = InterpEngine
+        let vm = crate::engine()
             .create_vm(VmConfig {
                 memory: memory.clone(),
                 clock: clock.clone(),

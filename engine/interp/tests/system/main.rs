@@ -9,3 +9,8 @@ mod protected;
 mod real;
 mod task;
 mod v86;
+
+/// The engine under test. The binary translator runs the same tests.
+fn engine() -> &'static dyn lodger_vcpu::Engine {
+    &lodger_interp::InterpEngine
+}
