@@ -41,6 +41,12 @@ for device in /sys/bus/pci/devices/*; do
 	esac
 done
 [ -z "$drivers" ] || modprobe -a virtio_pci $drivers
+case $drivers in
+*virtio_net*)
+	# An address from the network, if somebody there gives one at once.
+	udhcpc -i eth0 -n -q -t 3 -T 1 >/dev/null 2>&1
+	;;
+esac
 
 read -r cmdline </proc/cmdline
 case $cmdline in

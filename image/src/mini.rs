@@ -41,6 +41,8 @@ const MODULES: &[&str] = &[
 const APPEND: &str = "console=ttyS0 quiet cryptomgr.notests";
 
 const INIT: &str = include_str!("init.sh");
+/// Called by busybox's DHCP client.
+const UDHCPC: &str = include_str!("udhcpc.sh");
 const PROFILE: &str = "PS1='mini:\\w# '\n";
 
 const KERNEL_FILE: &str = "vmlinuz";
@@ -174,6 +176,7 @@ fn initrd(kernel: &Kernel, busybox: Vec<u8>) -> Result<Tree> {
     tree.symlink("usr/sbin", "../bin");
 
     tree.file("init", 0o755, INIT.into());
+    tree.file("etc/udhcpc/default.script", 0o755, UDHCPC.into());
     tree.file("etc/group", 0o644, "root:x:0:\n".into());
     tree.file("etc/passwd", 0o644, "root::0:0:root:/root:/bin/sh\n".into());
     tree.file("etc/profile", 0o644, PROFILE.into());
@@ -251,15 +254,17 @@ mod tests {
     }
 
     #[test]
-    fn init_is_a_shell_script() {
-        let mut shell = Command::new("sh")
-            .arg("-n")
-            .stdin(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut input = shell.stdin.take().unwrap();
-        input.write_all(INIT.as_bytes()).unwrap();
-        drop(input);
-        assert!(shell.wait().unwrap().success());
+    fn scripts_are_shell_scripts() {
+        for script in [INIT, UDHCPC] {
+            let mut shell = Command::new("sh")
+                .arg("-n")
+                .stdin(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut input = shell.stdin.take().unwrap();
+            input.write_all(script.as_bytes()).unwrap();
+            drop(input);
+            assert!(shell.wait().unwrap().success());
+        }
     }
 }

@@ -116,7 +116,7 @@ impl Guest {
             },
             virtio: VirtioSpec {
                 disks: self.disk.iter().map(disk).collect(),
-                console: None,
+                ..VirtioSpec::default()
             },
             debug_exit: true,
         }

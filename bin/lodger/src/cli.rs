@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use lodger_net::Forward;
 use lodger_virtio_devices::BlkSpec;
 use lodger_x86::CpuModel;
 
@@ -107,6 +108,13 @@ pub struct RunArgs {
     /// A raw disk image: /dev/vda, then /dev/vdb ...; `,ro` makes it read-only (repeatable)
     #[arg(long = "disk", value_name = "FILE[,ro]")]
     pub disks: Vec<Disk>,
+    /// The network
+    #[arg(long, value_name = "NETWORK", value_enum, default_value_t = NetChoice::User)]
+    pub net: NetChoice,
+    /// Open a port of the host that leads to one of the guest; without ADDRESS on all of the
+    /// host's (repeatable)
+    #[arg(short, long, value_name = "[ADDRESS:]HOST:GUEST[/udp]")]
+    pub publish: Vec<Forward>,
     /// A further device (repeatable)
     #[arg(long = "device", value_name = "DEVICE", value_enum)]
     pub devices: Vec<DeviceChoice>,
@@ -136,6 +144,14 @@ pub enum DeviceChoice {
     DebugExit,
     /// A virtio console (hvc0), which then gets what is typed
     VirtioConsole,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum NetChoice {
+    /// The guest reaches what the host reaches, and the host itself at 10.0.2.2; needs no root
+    User,
+    /// No network
+    None,
 }
 
 /// A disk, as on the command line.
@@ -235,6 +251,8 @@ mod tests {
             "run mini -m 1G -c 4",
             "run --kernel k --initrd i --append -x --disk a --disk b,ro --device debug-exit",
             "run --append quiet -v -q --no-reboot --engine interp --cpu v3",
+            "run --net none",
+            "run -p 8080:80 --publish 127.0.0.1:5353:53/udp --net user",
             "image list",
             "image build",
             "image remove mini",
@@ -251,6 +269,8 @@ mod tests {
             "run --cpus x",
             "run --cpus 0",
             "run --cpus -1",
+            "run --net tap",
+            "run -p 80",
             "image remove",
             "fly",
         ] {

@@ -12,9 +12,10 @@ use lodger_clock::{InputPort, LiveClock};
 use lodger_host_sys::signals::{self, Signals};
 use lodger_image::Cache;
 use lodger_lifecycle::{Outcome, Policy, VmController, VmHandle};
-use lodger_virtio_devices::ConsoleSpec;
+use lodger_net::UserNetSpec;
+use lodger_virtio_devices::{ConsoleSpec, NetSpec, NetworkSpec};
 
-use crate::cli::{DeviceChoice, RunArgs};
+use crate::cli::{DeviceChoice, NetChoice, RunArgs};
 use crate::images::Bar;
 use crate::registry::{self, Chosen};
 use crate::status::{self, Error};
@@ -26,6 +27,10 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Runs a VM to its end.
 pub fn run(args: &RunArgs, quiet: bool) -> Result<ExitCode, Error> {
+    if args.net == NetChoice::None && !args.publish.is_empty() {
+        let text = "ports are published on a network; leave out --net none, or --publish";
+        return Err(Error::Usage(text.into()));
+    }
     let chosen = registry::choose(args.engine)?;
     let interactive = lodger_char::is_interactive();
     let spec = machine_spec(args, interactive, quiet)?;
@@ -101,9 +106,20 @@ fn machine_spec(args: &RunArgs, interactive: bool, quiet: bool) -> Result<Machin
         virtio: VirtioSpec {
             disks: args.disks.iter().map(|disk| disk.0.clone()).collect(),
             console,
+            nets: nets(args),
         },
         debug_exit: has(DeviceChoice::DebugExit),
     })
+}
+
+fn nets(args: &RunArgs) -> Vec<NetSpec> {
+    match args.net {
+        NetChoice::None => Vec::new(),
+        NetChoice::User => vec![NetSpec::new(NetworkSpec::User(UserNetSpec {
+            publish: args.publish.clone(),
+            ..UserNetSpec::default()
+        }))],
+    }
 }
 
 fn boot_spec(args: &RunArgs, interactive: bool, quiet: bool) -> Result<BootSpec, Error> {

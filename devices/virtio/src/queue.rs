@@ -5,7 +5,7 @@
 //! VIRTQ_AVAIL_F_NO_INTERRUPT; both are made good here, and a chain is handed out only if all of its buffers are RAM.
 
 use std::fmt::{Arguments, Display};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use lodger_guest_memory::{GuestMemory, Inner};
@@ -125,12 +125,31 @@ impl Queue {
         (state.ring.next_avail(), state.ring.next_used())
     }
 
-    fn give_back(&self, head: u16, written: u32) {
+    /// Gives several chains back at once: the driver sees all of them or none. The number of each says how many bytes have been
+    /// written to it.
+    pub fn complete_all(&self, chains: Vec<(Chain, u32)>) {
+        let used: Vec<_> = chains
+            .iter()
+            .map(|(c, written)| (c.head, *written))
+            .collect();
+        self.give_back(&used);
+    }
+
+    /// Undoes the latest `pop`s: the chains that they gave will be taken again, in the same order. Nothing else may take chains
+    /// from this queue meanwhile.
+    pub fn put_back(&self, chains: impl IntoIterator<Item = Chain>) {
+        for chain in chains {
+            self.lock().ring.go_to_previous_position();
+            drop(chain);
+        }
+    }
+
+    fn give_back(&self, used: &[(u16, u32)]) {
         let mut state = self.lock();
-        if !self.host.running() {
+        if used.is_empty() || !self.host.running() {
             return;
         }
-        let told = add_used(&mut state.ring, self.memory.inner(), head, written);
+        let told = add_used(&mut state.ring, self.memory.inner(), used);
         drop(state);
         match told {
             Ok(true) => self.host.used(self.index),
@@ -140,22 +159,36 @@ impl Queue {
     }
 }
 
-/// Puts a chain into the used ring; whether the driver wants to be told.
+/// Puts chains (head, bytes written) into the used ring; whether the driver wants to be told.
 fn add_used(
     ring: &mut virtio_queue::Queue,
     memory: &Inner,
-    head: u16,
-    written: u32,
+    used: &[(u16, u32)],
 ) -> Result<bool, virtio_queue::Error> {
-    ring.add_used(memory, head, written)?;
-    let wanted = ring.needs_notification(memory)?;
+    let failed = virtio_queue::Error::GuestMemory;
+    let (first, size) = (ring.next_used(), ring.size());
+    for (index, &(head, written)) in used.iter().enumerate() {
+        let slot = first.wrapping_add(index as u16) % size;
+        let element = [u32::from(head).to_le_bytes(), written.to_le_bytes()].concat();
+        let at = ring.used_ring() + 4 + u64::from(slot) * 8;
+        memory
+            .write_slice(&element, GuestAddress(at))
+            .map_err(failed)?;
+    }
+    let next = first.wrapping_add(used.len() as u16);
+    ring.set_next_used(next);
+    let index = GuestAddress(ring.used_ring() + 2);
+    (memory.store(next.to_le(), index, Ordering::Release)).map_err(failed)?;
+    // What the driver wants is looked at after it can see the chains (section 2.7.10).
+    fence(Ordering::SeqCst);
     if ring.event_idx_enabled() {
-        return Ok(wanted);
+        let event = GuestAddress(ring.avail_ring() + 4 + u64::from(size) * 2);
+        let event: u16 = memory.load(event, Ordering::Relaxed).map_err(failed)?;
+        let since = next.wrapping_sub(u16::from_le(event)).wrapping_sub(1);
+        return Ok(since < next.wrapping_sub(first));
     }
     let flags = GuestAddress(ring.avail_ring());
-    let flags: u16 = memory
-        .load(flags, Ordering::Relaxed)
-        .map_err(virtio_queue::Error::GuestMemory)?;
+    let flags: u16 = memory.load(flags, Ordering::Relaxed).map_err(failed)?;
     Ok(u16::from_le(flags) & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0)
 }
 
@@ -303,7 +336,7 @@ impl Chain {
 
     /// Gives the chain back to the driver. `written` bytes have been written, from the first writable one on.
     pub fn complete(self, written: u32) {
-        self.queue.give_back(self.head, written);
+        self.queue.give_back(&[(self.head, written)]);
     }
 
     /// The chain cannot be answered, because it lacks what every request must have: the device needs a reset.

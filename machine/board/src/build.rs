@@ -13,6 +13,7 @@ use lodger_clock::SharedClock;
 use lodger_device_model::{Device, IrqLine, IrqSink, MachineControl};
 use lodger_guest_memory::GuestMemory;
 use lodger_loader::{BootProtocol, BootSource, Payload};
+use lodger_net::NetError;
 use lodger_pci::{AddError, CONFIG_PORTS, CONFIG_PORTS_LEN, HostBridge, PciBus};
 use lodger_tables::{AcpiConfig, fw_cfg_files};
 use lodger_vcpu::{Engine, EngineError, VmConfig};
@@ -64,6 +65,9 @@ pub enum BuildError {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] BlkError),
+    /// A network.
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// There are more devices than places for them.
     #[error(transparent)]
     Pci(#[from] AddError),
@@ -129,6 +133,10 @@ impl Machine {
             let (device, handle) = built.map_err(no_thread(name))?;
             board.add_virtio(&pci, device)?;
             console = Some(handle);
+        }
+        for (i, net) in spec.virtio.nets.iter().enumerate() {
+            let net = net.build(&format!("virtio-net{i}"), &wiring)?;
+            board.add_virtio(&pci, net)?;
         }
         // Last, so that at a reset they forget what the others did to their lines.
         board.devices.push(board.ioapic.clone());

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use lodger_virtio_devices::{BlkSpec, ConsoleSpec};
+use lodger_virtio_devices::{BlkSpec, ConsoleSpec, NetSpec};
 use serde::{Deserialize, Serialize};
 
 use crate::map;
@@ -51,6 +51,9 @@ pub struct VirtioSpec {
     /// A console beside the serial port.
     #[serde(default)]
     pub console: Option<ConsoleSpec>,
+    /// Network cards in order: eth0, eth1 ...
+    #[serde(default)]
+    pub nets: Vec<NetSpec>,
 }
 
 /// A spec that no machine can be built from.

@@ -1,0 +1,248 @@
+//! The network's inside: what the card sends is sorted by protocol, what the host's sockets have is passed on.
+
+use std::io;
+use std::net::SocketAddrV4;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::net::{SocketFlags, accept_with};
+use smoltcp::wire::{
+    ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol, IpProtocol,
+    Ipv4Address, Ipv4Packet, UdpPacket,
+};
+
+use super::addresses::{DNS, Destination, GATEWAY, GATEWAY_MAC, GUEST, destination};
+use super::dhcp;
+use super::link::Link;
+use super::ping::Ping;
+use super::poller::{Poller, Ready, token};
+use super::resolver::Resolver;
+use super::tcp::Tcp;
+use super::udp::Udp;
+use crate::header::PacketHeader;
+
+const DHCP_SERVER_PORT: u16 = 67;
+const DHCP_CLIENT_PORT: u16 = 68;
+/// Connections that are taken from a published port at a time.
+const BURST: usize = 64;
+
+/// See the module documentation.
+pub(crate) struct Stack {
+    pub link: Link,
+    poller: Arc<Poller>,
+    tcp: Tcp,
+    udp: Udp,
+    ping: Ping,
+    /// Published TCP ports: where the host listens, and the card's port.
+    listeners: Vec<(OwnedFd, u16)>,
+}
+
+impl Stack {
+    pub(crate) fn new(poller: Arc<Poller>, card: EthernetAddress, resolver: Resolver) -> Stack {
+        Stack {
+            link: Link::new(card),
+            poller,
+            tcp: Tcp::new(),
+            udp: Udp::new(resolver),
+            ping: Ping::new(),
+            listeners: Vec::new(),
+        }
+    }
+
+    /// Passes on connections to a listening socket of the host.
+    pub(crate) fn publish_tcp(&mut self, listener: OwnedFd, port: u16) -> io::Result<()> {
+        let token = token::TCP_PUBLISHED + self.listeners.len() as u64;
+        self.poller.add_reader(&listener, token)?;
+        self.listeners.push((listener, port));
+        Ok(())
+    }
+
+    /// Passes on datagrams to a socket of the host.
+    pub(crate) fn publish_udp(&mut self, socket: OwnedFd, port: u16) -> io::Result<()> {
+        let token = token::UDP_PUBLISHED + self.udp.published() as u64;
+        self.poller.add_reader(&socket, token)?;
+        self.udp.publish(socket, port);
+        Ok(())
+    }
+
+    /// Forgets all connections.
+    pub(crate) fn stop(&mut self) {
+        self.link.stop();
+        self.tcp.clear();
+        self.udp.clear();
+        self.ping.clear();
+    }
+
+    /// Takes a packet of the card's.
+    pub(crate) fn packet(&mut self, packet: &[u8]) {
+        let Some((_, frame)) = PacketHeader::split(packet) else {
+            return;
+        };
+        let Ok(frame) = EthernetFrame::new_checked(frame) else {
+            return;
+        };
+        if frame.src_addr().is_unicast() {
+            // A system may give its card another address.
+            self.link.card_mac = frame.src_addr();
+        }
+        match frame.ethertype() {
+            EthernetProtocol::Arp => self.arp(frame.payload()),
+            EthernetProtocol::Ipv4 => self.ipv4(frame.payload()),
+            _ => {}
+        }
+    }
+
+    /// Every address of the network but the card's own is at the gateway.
+    fn arp(&mut self, packet: &[u8]) {
+        let Ok(Ok(repr)) = ArpPacket::new_checked(packet).map(|p| ArpRepr::parse(&p)) else {
+            return;
+        };
+        let ArpRepr::EthernetIpv4 {
+            operation: ArpOperation::Request,
+            source_hardware_addr,
+            source_protocol_addr,
+            target_protocol_addr,
+            ..
+        } = repr
+        else {
+            return;
+        };
+        if ![GATEWAY, DNS].contains(&target_protocol_addr) {
+            return;
+        }
+        let reply = ArpRepr::EthernetIpv4 {
+            operation: ArpOperation::Reply,
+            source_hardware_addr: GATEWAY_MAC,
+            source_protocol_addr: target_protocol_addr,
+            target_hardware_addr: source_hardware_addr,
+            target_protocol_addr: source_protocol_addr,
+        };
+        let (header, len) = (PacketHeader::default(), reply.buffer_len());
+        self.link.send(EthernetProtocol::Arp, header, len, |bytes| {
+            reply.emit(&mut ArpPacket::new_unchecked(bytes));
+        });
+    }
+
+    fn ipv4(&mut self, bytes: &[u8]) {
+        let Ok(packet) = Ipv4Packet::new_checked(bytes) else {
+            return;
+        };
+        let (from, to) = (packet.src_addr(), packet.dst_addr());
+        if packet.version() != 4 || packet.more_frags() || packet.frag_offset() != 0 {
+            return;
+        }
+        match packet.next_header() {
+            IpProtocol::Tcp => {
+                let whole = &bytes[..packet.total_len().into()];
+                let Stack {
+                    link, poller, tcp, ..
+                } = self;
+                let udp = &mut self.udp;
+                tcp.packet(link, poller, whole, |peer| match destination(peer)? {
+                    Destination::Host(host) => Some(host),
+                    Destination::Resolver => Some(udp.resolver()),
+                });
+            }
+            IpProtocol::Udp => self.udp(from, to, packet.payload()),
+            IpProtocol::Icmp => {
+                let message = packet.payload();
+                (self.ping).message(&mut self.link, &self.poller, (from, to), message);
+            }
+            _ => {}
+        }
+    }
+
+    fn udp(&mut self, from: Ipv4Address, to: Ipv4Address, datagram: &[u8]) {
+        let Ok(udp) = UdpPacket::new_checked(datagram) else {
+            return;
+        };
+        let data = udp.payload();
+        if udp.dst_port() == DHCP_SERVER_PORT && (to.is_broadcast() || to == GATEWAY) {
+            return self.dhcp(data);
+        }
+        let (from, to) = (
+            SocketAddrV4::new(from, udp.src_port()),
+            SocketAddrV4::new(to, udp.dst_port()),
+        );
+        self.udp.datagram(&self.poller, from, to, data);
+    }
+
+    fn dhcp(&mut self, message: &[u8]) {
+        if let Some((reply, broadcast)) = dhcp::answer(message) {
+            let to = match broadcast {
+                true => Ipv4Address::BROADCAST,
+                false => GUEST,
+            };
+            let from = SocketAddrV4::new(GATEWAY, DHCP_SERVER_PORT);
+            let to = SocketAddrV4::new(to, DHCP_CLIENT_PORT);
+            self.link.send_udp4(from, to, &reply);
+        }
+    }
+
+    /// The card has sent all it had.
+    pub(crate) fn flush(&mut self) {
+        self.tcp.flush(&mut self.link);
+        if self.tcp.due_sooner() {
+            self.poller.wake();
+        }
+    }
+
+    /// The card has room.
+    pub(crate) fn room(&mut self) {
+        if !self.link.has_room() && self.link.room() {
+            self.tcp.drive_all(&mut self.link);
+        }
+    }
+
+    /// A socket of the host's is ready.
+    pub(crate) fn ready(&mut self, ready: Ready) {
+        let number = ready.token & !token::kind(ready.token);
+        match token::kind(ready.token) {
+            token::TCP => self.tcp.ready(&mut self.link, ready),
+            token::UDP => self.udp.ready(&mut self.link, ready.token),
+            token::PING => self.ping.ready(&mut self.link, ready.token),
+            token::TCP_PUBLISHED => self.accept(number as usize),
+            token::UDP_PUBLISHED => self.udp.published_ready(&mut self.link, number as usize),
+            _ => {}
+        }
+    }
+
+    fn accept(&mut self, number: usize) {
+        let Some((listener, port)) = self.listeners.get(number) else {
+            return;
+        };
+        for _ in 0..BURST {
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            // Errors are those of connections that ended before they were taken.
+            let Ok(host) = accept_with(listener, flags) else {
+                break;
+            };
+            if !self.link.is_up() {
+                // Nobody is there: the connection is closed.
+                continue;
+            }
+            let taken = (self.tcp).accepted(&mut self.link, &self.poller, host, *port);
+            if let Err(error) = taken {
+                tracing::debug!("a connection to published port {port}: {error}");
+            }
+        }
+    }
+
+    /// Does what is due; how long until there is more.
+    pub(crate) fn tick(&mut self) -> Option<Duration> {
+        let room = self.link.has_room();
+        let mut waits = [self.udp.expire(), self.ping.expire(), None];
+        if room {
+            waits[2] = self.tcp.due();
+            if waits[2] == Some(Duration::ZERO) {
+                self.tcp.drive_all(&mut self.link);
+                waits[2] = match self.link.has_room() {
+                    true => self.tcp.due(),
+                    false => None,
+                };
+            }
+        }
+        waits.into_iter().flatten().min()
+    }
+}
