@@ -1,5 +1,5 @@
 /* Exceptions from their causes: vector, error code, and RIP at the instruction (faults) or behind it (traps). SDM vol. 3A chapter
-   6. Page faults are in paging.c, 32-bit causes in modes32.c. */
+   6. Page faults are in paging.c, 32-bit causes in gates32.c. */
 #include "chips.h"
 
 #define IDT_BIT 2

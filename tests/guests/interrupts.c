@@ -230,6 +230,77 @@ static void pic_priorities(void)
     forget();
 }
 
+/* The edge/level registers: a level request is there as long as the line is up. */
+#define ELCR 0x4d0
+
+static u32 wrongly_in_service;
+/* Input 7's vector without input 7 in service: a request that was gone when the processor asked. It is not to be ended. */
+static void spurious(struct frame *f)
+{
+    note(f);
+    wrongly_in_service += pic_isr() >> 7 & 1;
+}
+
+static void pic_withdrawn(void)
+{
+    pic_init();
+    on(PIC_VECTOR + 7, spurious);
+    on(PIC_VECTOR + UART_IRQ, quiet);
+    out8(ELCR, in8(ELCR) | 1 << UART_IRQ);
+    pic_allow(1 << UART_IRQ);
+    forget();
+    uart_request();
+    u16 up = pic_irr() >> UART_IRQ & 1;
+    uart_quiet();
+    u16 down = pic_irr() >> UART_IRQ & 1;
+    check("8259: a level request goes with its line", up << 1 | down, 2);
+    let_in();
+    /* Nothing, or what the data sheet calls the default IR7. */
+    check("8259: a request withdrawn is no interrupt but a spurious one", count == 0 || sequence() == 0x27, 1);
+    check("8259: which is not in service", wrongly_in_service << 16 | pic_isr(), 0);
+    forget();
+    uart_request();
+    pic_allow(0);
+    let_in();
+    uart_quiet();
+    check("8259: nor is one that is masked in time", count == 0 || sequence() == 0x27, 1);
+    check("8259: not in service either", wrongly_in_service << 16 | pic_isr(), 0);
+    out8(PIC1, 0x0c);
+    check("8259: polled in vain", in8(PIC1) & 0x80, 0);
+    check("8259: nothing in service by that", pic_isr(), 0);
+    pic_allow(1 << UART_IRQ);
+    forget();
+    uart_request();
+    come(1);
+    check("8259: the next request is an interrupt as ever", sequence(), 0x24);
+    out8(ELCR, in8(ELCR) & ~(1 << UART_IRQ));
+    on(PIC_VECTOR + 7, pic_handler);
+    pic_allow(0);
+    /* A request in the second controller that is masked there. */
+    cmos_write(0x0a, 0x26);
+    cmos_write(0x0b, cmos_read(0x0b) | 0x40);
+    cmos_read(0x0c);
+    on(PIC_VECTOR + 7, spurious);
+    on(PIC_VECTOR + 15, spurious);
+    forget();
+    pic_allow(1 << 8);
+    bool asks = wait_for(pic_irr() >> 8 & 1);
+    cmos_write(0x0b, cmos_read(0x0b) & 0x87);
+    u16 cascaded = pic_irr() >> 2 & 1;
+    pic_allow(0);
+    let_in();
+    check("8259: the second controller asks the first", asks << 1 | cascaded, 3);
+    /* QEMU keeps the request. */
+    if (!under_tcg())
+        check("8259: no more when it is masked", pic_irr() >> 2 & 1, 0);
+    check("8259: no interrupt but a spurious one", count == 0 || sequence() == 0x27 || sequence() == 0x2f, 1);
+    check("8259: none of them in service", wrongly_in_service << 16 | (pic_isr() & ~4), 0);
+    cmos_read(0x0c);
+    pic_init();
+    handle_all(pic_handler, PIC_VECTOR, PIC_VECTOR + 15);
+    forget();
+}
+
 /* --- the processor --- */
 
 SNIPPETS("shadow_sti: sti; shadow_first: nop; shadow_second: cli; ret\n"
@@ -723,6 +794,7 @@ void run(void)
 {
     pic_and_pit();
     pic_priorities();
+    pic_withdrawn();
     shadow();
     halting();
     io_apic();

@@ -215,6 +215,80 @@ static void messages(void)
     check("processors halt until an interrupt", finished << 8 | early, (cpus - 1) << 8);
 }
 
+/* --- requests that are withdrawn while they are taken --- */
+
+#define ELCR 0x4d0
+static volatile u32 taken, spurious, misplaced;
+static volatile bool toggling;
+
+static void uart_interrupt(struct frame *f)
+{
+    (void)f;
+    taken++;
+    if (!(pic_isr() >> UART_IRQ & 1))
+        misplaced++;
+    if (!toggling)
+        uart_quiet();
+    pic_eoi(UART_IRQ);
+}
+
+/* Input 7's vector without input 7 in service, of either 8259: the request was gone when the processor asked. */
+static void spurious_interrupt(struct frame *f)
+{
+    u32 irq = f->vector - PIC_VECTOR;
+    spurious++;
+    if (pic_isr() >> irq & 1)
+        misplaced++;
+    if (irq > 7)
+        pic_eoi(2);
+}
+
+static void toggle(u32 cpu)
+{
+    if (cpu == 0) {
+        while (toggling)
+            let_in();
+    } else if (cpu == 1) {
+        for (u32 i = 0; i < 300; i++) {
+            u32 before = taken;
+            uart_request();
+            /* At various moments, and every fourth time after it is taken. */
+            for (u32 j = 0; i % 4 ? j < i * 8 : taken == before && j < 1000000; j++)
+                barrier();
+            uart_quiet();
+        }
+        toggling = false;
+    }
+}
+
+static void withdrawn(void)
+{
+    if (cpus < 2)
+        return;
+    pic_init();
+    on(PIC_VECTOR + UART_IRQ, uart_interrupt);
+    on(PIC_VECTOR + 7, spurious_interrupt);
+    on(PIC_VECTOR + 15, spurious_interrupt);
+    out8(ELCR, in8(ELCR) | 1 << UART_IRQ);
+    apic_write(APIC_LINT0, 0x700);
+    pic_allow(1 << UART_IRQ);
+    toggling = true;
+    together(toggle);
+    say("requests withdrawn by another processor: %u interrupts, %u spurious ones\n", (u64)taken, (u64)spurious);
+    check("8259: in service if and only if it is not spurious", misplaced, 0);
+    check("8259: nothing left in service", pic_isr(), 0);
+    u32 before = taken;
+    uart_request();
+    enable_interrupts();
+    wait_for(taken != before);
+    disable_interrupts();
+    check_true("8259: and it still interrupts", taken != before);
+    pic_allow(0);
+    let_in();
+    apic_write(APIC_LINT0, LVT_MASKED);
+    out8(ELCR, in8(ELCR) & ~(1 << UART_IRQ));
+}
+
 /* --- atomic operations and locks --- */
 
 #define TIMES 10000
@@ -533,6 +607,7 @@ void run(void)
     apic_enable();
     start();
     messages();
+    withdrawn();
     atomics();
     order();
     shootdown();
