@@ -11,11 +11,13 @@
 //! Limits: inputs are not guided by coverage. A target can be handed to such a fuzzer as it is.
 
 mod loader;
+mod net;
 pub mod runner;
 mod virtio;
 
 pub use loader::loader;
-pub use virtio::{pci, virtio_blk, virtio_queue};
+pub use net::user_net;
+pub use virtio::{pci, virtio_blk, virtio_net, virtio_queue};
 
 /// Something to fuzz.
 pub struct Target {
@@ -38,6 +40,16 @@ pub const TARGETS: &[Target] = &[
         name: "virtio_blk",
         run: virtio_blk,
         samples: Vec::new,
+    },
+    Target {
+        name: "virtio_net",
+        run: virtio_net,
+        samples: Vec::new,
+    },
+    Target {
+        name: "user_net",
+        run: user_net,
+        samples: net::samples,
     },
     Target {
         name: "pci",

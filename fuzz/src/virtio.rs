@@ -1,22 +1,26 @@
 //! A virtio device whose driver does what the input says.
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use lodger_block::BlockBackend;
+use lodger_clock::InputPort;
 use lodger_device_model::{Device, Payload, RestoreError, assert_round_trip};
+use lodger_net::{NetBackend, Offloads};
 use lodger_virtio::driver::{Driver, DriverQueue, INDIRECT, Machine, NEXT, RAM, WRITE};
 use lodger_virtio::{
     Activation, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Queue, VirtioDevice, VirtioPci,
     read_config,
 };
-use lodger_virtio_devices::{Blk, RngSpec};
+use lodger_virtio_devices::{Blk, Net, RngSpec};
 
 const RINGS: u64 = 0x1_0000;
 const BUFFERS: u64 = 0x2_0000;
 const QUEUE_SIZE: u16 = 8;
 /// Flush, cache mode, discard, write zeroes.
 const BLK_FEATURES: u64 = 1 << 9 | 1 << 11 | 1 << 13 | 1 << 14;
+/// Received packets over several buffers.
+const NET_F_MRG_RXBUF: u64 = 1 << 15;
 
 /// Bytes as they are consumed; zeroes after the end.
 struct Input<'a>(&'a [u8]);
@@ -60,15 +64,15 @@ impl Input<'_> {
     }
 }
 
-/// Does what the input says with queue 0 of a device, until the input is used up.
-fn misuse(d: &Driver, device: &VirtioPci, features: u64, input: &mut Input) {
+/// Does what the input says with one queue of a device, until the input is used up.
+fn misuse(d: &Driver, device: &VirtioPci, queue: u16, features: u64, input: &mut Input) {
     let m = &d.machine.memory;
     let start = || {
         d.set_pci(4, &[6, 0]);
         d.negotiate(features | F_VERSION_1);
-        let queue = d.queue(0, QUEUE_SIZE, RINGS);
+        let rings = d.queue(queue, QUEUE_SIZE, RINGS);
         d.ready();
-        queue
+        rings
     };
     let mut q = start();
     while !input.0.is_empty() {
@@ -93,7 +97,7 @@ fn misuse(d: &Driver, device: &VirtioPci, features: u64, input: &mut Input) {
             }
             5..8 => {
                 q.offer(m, u16::from(input.byte() % 9));
-                d.notify(0);
+                d.notify(queue);
             }
             8 => {
                 let index = u16::from(input.byte()) * 3;
@@ -136,11 +140,11 @@ fn misuse(d: &Driver, device: &VirtioPci, features: u64, input: &mut Input) {
     }
 }
 
-/// After a reset the device must work as if nothing had happened: it answers `buffers`.
-fn works(d: &Driver, features: u64, buffers: &[(u64, u32, bool)]) {
+/// After a reset the device must work as if nothing had happened: it answers `buffers` in this queue.
+fn works(d: &Driver, queue: u16, features: u64, buffers: &[(u64, u32, bool)]) {
     d.set_pci(4, &[6, 0]);
     assert_eq!(d.negotiate(features | F_VERSION_1), 11);
-    let mut q = d.queue(0, QUEUE_SIZE, RINGS);
+    let mut q = d.queue(queue, QUEUE_SIZE, RINGS);
     d.ready();
     q.submit(d, buffers);
     q.wait(d);
@@ -209,9 +213,10 @@ pub fn virtio_queue(data: &[u8]) {
     let machine = Machine::new();
     let device = VirtioPci::new("echo", Arc::new(Echo::default()), &machine.wiring());
     let d = machine.plug(&device);
-    misuse(&d, &device, features, &mut input);
+    misuse(&d, &device, 0, features, &mut input);
     works(
         &d,
+        0,
         features,
         &[(BUFFERS, 8, false), (BUFFERS + 64, 8, true)],
     );
@@ -261,7 +266,7 @@ pub fn virtio_blk(data: &[u8]) {
     let blk = Blk::new("vda", backend, "fuzz", 2).expect("the host has threads");
     let device = VirtioPci::new("vda", blk, &machine.wiring());
     let d = machine.plug(&device);
-    misuse(&d, &device, features, &mut input);
+    misuse(&d, &device, 0, features, &mut input);
     d.set_status(0);
     (d.machine.memory.write(BUFFERS, &[0; 16])).expect("it is RAM");
     let buffers = [
@@ -269,10 +274,58 @@ pub fn virtio_blk(data: &[u8]) {
         (BUFFERS + 0x1000, 512, true),
         (BUFFERS + 64, 1, true),
     ];
-    works(&d, features, &buffers);
+    works(&d, 0, features, &buffers);
     let mut status = [9];
     (d.machine.memory.read(BUFFERS + 64, &mut status)).expect("it is RAM");
     assert_eq!(status, [0]);
+}
+
+/// A network that gives back what it gets, and a packet whenever there is room.
+#[derive(Default)]
+struct Mirror(Mutex<Option<Weak<dyn InputPort>>>);
+
+impl Mirror {
+    fn offer(&self, packet: &[u8]) {
+        let card = self.0.lock().expect("no panic").clone();
+        if let Some(card) = card.and_then(|card| card.upgrade()) {
+            assert!([0, packet.len()].contains(&card.offer(packet)));
+        }
+    }
+}
+
+impl NetBackend for Mirror {
+    fn connect(&self, card: Weak<dyn InputPort>) {
+        *self.0.lock().expect("no panic") = Some(card);
+    }
+    fn start(&self, _offloads: Offloads) {}
+    fn stop(&self) {}
+    fn send(&self, packet: &[u8]) {
+        self.offer(packet);
+    }
+    fn flush(&self) {}
+    fn room(&self) {
+        self.offer(&[1; 700]);
+    }
+}
+
+/// A network card: one of its queues at a time.
+pub fn virtio_net(data: &[u8]) {
+    let mut input = Input(data);
+    let (queue, features) = match input.byte() {
+        b if b & 2 == 0 => (u16::from(b & 1), F_INDIRECT_DESC),
+        b => (
+            u16::from(b & 1),
+            F_INDIRECT_DESC | F_EVENT_IDX | NET_F_MRG_RXBUF,
+        ),
+    };
+    let machine = Machine::new();
+    let net = Net::new("eth0", [2; 6], Arc::new(Mirror::default()));
+    let net = net.expect("the host has threads");
+    let device = VirtioPci::new("eth0", net, &machine.wiring());
+    let d = machine.plug(&device);
+    misuse(&d, &device, queue, features, &mut input);
+    let buffers = [(BUFFERS, 12, queue == 0), (BUFFERS + 64, 1000, queue == 0)];
+    works(&d, queue, features, &buffers);
 }
 
 /// Configuration space and the registers behind the BAR.
@@ -306,5 +359,5 @@ pub fn pci(data: &[u8]) {
     device.resume();
     device.reset();
     d.machine.assign();
-    works(&d, 0, &[(BUFFERS, 8, true)]);
+    works(&d, 0, 0, &[(BUFFERS, 8, true)]);
 }

@@ -150,6 +150,8 @@ pub enum DeviceChoice {
 pub enum NetChoice {
     /// The guest reaches what the host reaches, and the host itself at 10.0.2.2; needs no root
     User,
+    /// The guest reaches nobody; its published ports can be reached
+    Isolated,
     /// No network
     None,
 }
@@ -252,6 +254,7 @@ mod tests {
             "run --kernel k --initrd i --append -x --disk a --disk b,ro --device debug-exit",
             "run --append quiet -v -q --no-reboot --engine interp --cpu v3",
             "run --net none",
+            "run --net isolated -p 80:80",
             "run -p 8080:80 --publish 127.0.0.1:5353:53/udp --net user",
             "image list",
             "image build",

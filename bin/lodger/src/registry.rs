@@ -79,7 +79,10 @@ pub fn choose(choice: EngineChoice) -> Result<Chosen, Error> {
                 },
             };
             tracing::info!("not kvm: {why_not}");
-            let reason = format!("not kvm: {} (more: lodger doctor)", first_sentence(&why_not));
+            let reason = format!(
+                "not kvm: {} (more: lodger doctor)",
+                first_sentence(&why_not)
+            );
             Ok(software(Box::new(InterpEngine), reason))
         }
     }

@@ -115,8 +115,9 @@ fn machine_spec(args: &RunArgs, interactive: bool, quiet: bool) -> Result<Machin
 fn nets(args: &RunArgs) -> Vec<NetSpec> {
     match args.net {
         NetChoice::None => Vec::new(),
-        NetChoice::User => vec![NetSpec::new(NetworkSpec::User(UserNetSpec {
+        choice => vec![NetSpec::new(NetworkSpec::User(UserNetSpec {
             publish: args.publish.clone(),
+            isolated: choice == NetChoice::Isolated,
             ..UserNetSpec::default()
         }))],
     }

@@ -60,6 +60,9 @@ pub struct UserNetSpec {
     /// Ports of the host that lead to the card.
     #[serde(default)]
     pub publish: Vec<Forward>,
+    /// The card reaches nobody: there are DHCP and published ports only.
+    #[serde(default)]
+    pub isolated: bool,
     /// Where the host's name servers are written down; /etc/resolv.conf if nothing is said.
     #[serde(default)]
     pub resolv_conf: Option<PathBuf>,
@@ -102,7 +105,7 @@ impl UserNet {
         let resolver = Resolver::of(resolv_conf.unwrap_or_else(|| "/etc/resolv.conf".into()));
         // Until the card sends something.
         let card = EthernetAddress::BROADCAST;
-        let mut stack = Stack::new(Arc::clone(&poller), card, resolver);
+        let mut stack = Stack::new(Arc::clone(&poller), card, resolver, spec.isolated);
         let mut published = Vec::new();
         for forward in &spec.publish {
             let address = publish(&mut stack, forward).map_err(|source| NetError::Publish {

@@ -12,7 +12,7 @@ use smoltcp::wire::{
     Ipv4Address, Ipv4Packet, UdpPacket,
 };
 
-use super::addresses::{DNS, Destination, GATEWAY, GATEWAY_MAC, GUEST, destination};
+use super::addresses::{DNS, Destination, GATEWAY, GATEWAY_MAC, GUEST, destination, is_local};
 use super::dhcp;
 use super::link::Link;
 use super::ping::Ping;
@@ -34,18 +34,26 @@ pub(crate) struct Stack {
     tcp: Tcp,
     udp: Udp,
     ping: Ping,
+    /// There is no way out.
+    isolated: bool,
     /// Published TCP ports: where the host listens, and the card's port.
     listeners: Vec<(OwnedFd, u16)>,
 }
 
 impl Stack {
-    pub(crate) fn new(poller: Arc<Poller>, card: EthernetAddress, resolver: Resolver) -> Stack {
+    pub(crate) fn new(
+        poller: Arc<Poller>,
+        card: EthernetAddress,
+        resolver: Resolver,
+        isolated: bool,
+    ) -> Stack {
         Stack {
             link: Link::new(card),
             poller,
             tcp: Tcp::new(),
             udp: Udp::new(resolver),
             ping: Ping::new(),
+            isolated,
             listeners: Vec::new(),
         }
     }
@@ -132,20 +140,26 @@ impl Stack {
         if packet.version() != 4 || packet.more_frags() || packet.frag_offset() != 0 {
             return;
         }
+        // Before it has an address a card asks DHCP.
+        let asks = from.is_unspecified() && to.is_broadcast();
+        if !asks && !is_local(from) {
+            return;
+        }
         match packet.next_header() {
             IpProtocol::Tcp => {
                 let whole = &bytes[..packet.total_len().into()];
                 let Stack {
                     link, poller, tcp, ..
                 } = self;
-                let udp = &mut self.udp;
+                let (udp, isolated) = (&mut self.udp, self.isolated);
                 tcp.packet(link, poller, whole, |peer| match destination(peer)? {
+                    _ if isolated => None,
                     Destination::Host(host) => Some(host),
                     Destination::Resolver => Some(udp.resolver()),
                 });
             }
             IpProtocol::Udp => self.udp(from, to, packet.payload()),
-            IpProtocol::Icmp => {
+            IpProtocol::Icmp if !self.isolated || is_local(to) => {
                 let message = packet.payload();
                 (self.ping).message(&mut self.link, &self.poller, (from, to), message);
             }
@@ -165,6 +179,9 @@ impl Stack {
             SocketAddrV4::new(from, udp.src_port()),
             SocketAddrV4::new(to, udp.dst_port()),
         );
+        if to.ip() == &GATEWAY && self.udp.answer(from, to.port(), data) || self.isolated {
+            return;
+        }
         self.udp.datagram(&self.poller, from, to, data);
     }
 

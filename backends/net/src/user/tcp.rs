@@ -470,6 +470,11 @@ fn refuse(link: &mut Link, packet: &[u8], address: SocketAddr, now: Instant) {
 fn parse(packet: &[u8]) -> Option<(Key, bool)> {
     let ip = Ipv4Packet::new_checked(packet).ok()?;
     let tcp = TcpPacket::new_checked(ip.payload()).ok()?;
+    // The stack takes such an address, or port, as a mistake of ours.
+    let to = ip.dst_addr();
+    if to.is_unspecified() || to.is_multicast() || to.is_broadcast() || tcp.dst_port() == 0 {
+        return None;
+    }
     let key = Key {
         card: SocketAddr::from((ip.src_addr(), tcp.src_port())),
         peer: SocketAddr::from((ip.dst_addr(), tcp.dst_port())),

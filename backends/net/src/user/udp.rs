@@ -123,9 +123,6 @@ impl Udp {
         to: SocketAddrV4,
         data: &[u8],
     ) {
-        if *to.ip() == GATEWAY && self.answer(card, to.port(), data) {
-            return;
-        }
         let sent = self.send(poller, card, to, data);
         if let Err(error) = sent {
             tracing::debug!("UDP {card} -> {to}: {error}");
@@ -133,7 +130,7 @@ impl Udp {
     }
 
     /// Sends a datagram of a published port to whom that port of the gateway stands for, if it does.
-    fn answer(&self, card: SocketAddrV4, gateway_port: u16, data: &[u8]) -> bool {
+    pub(crate) fn answer(&self, card: SocketAddrV4, gateway_port: u16, data: &[u8]) -> bool {
         let from = |p: &&Published| p.card_port == card.port();
         let published = self.published.iter().filter(from);
         let found = published.flat_map(|p| p.peers.iter().map(move |peer| (p, peer)));

@@ -264,3 +264,20 @@ fn a_port_in_use_is_named() {
         "{error}"
     );
 }
+
+#[test]
+fn an_isolated_card_reaches_nobody_but_can_be_reached() {
+    let spec = UserNetSpec {
+        publish: vec!["127.0.0.1:0:80".parse().unwrap()],
+        isolated: true,
+        ..UserNetSpec::default()
+    };
+    let mut system = System::start(&spec, ALL);
+    let (_listener, port) = listener();
+    let handle = connect(&mut system, port, 40_000);
+    system.run(|system| system.socket::<Socket>(handle).state() == State::Closed);
+    let handle = socket(&mut system);
+    system.socket::<Socket>(handle).listen(80).unwrap();
+    let _client = TcpStream::connect(system.wire.net.published()[0]).unwrap();
+    system.run(|system| system.socket::<Socket>(handle).may_send());
+}

@@ -152,9 +152,10 @@ fn wrong_arguments() {
         (&["run", "--memory", "lots"], "--memory"),
         (&["run", "--device", "toaster"], "--device"),
         (&["run", "--initrd", "x"], "--kernel"),
+        (&["run", "-p", "80"], "8080:80"),
+        (&["run", "--net", "none", "-p", "80:80"], "--net none"),
         (&["fly"], "fly"),
         (&[], "Usage"),
-        (&["run", "--engine", "dbt"], "dbt"),
         (&["run", "no-such-image"], "known images: mini"),
         (&["image", "remove", "no-such-image"], "no-such-image"),
         (
@@ -181,6 +182,7 @@ fn failures_say_what_to_do() {
         (&[text], &[text, "a script"]),
         (&[good, "--initrd", "/no/such/initrd"], &["/no/such/initrd"]),
         (&[good, "--disk", "/no/such/disk"], &["/no/such/disk"]),
+        (&[good, "-p", "192.0.2.77:80:80"], &["192.0.2.77:80:80/tcp"]),
     ];
     for (arguments, parts) in cases {
         let first = ["run", "--engine", "interp", "--kernel"];

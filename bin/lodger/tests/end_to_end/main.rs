@@ -2,4 +2,5 @@
 
 mod boot;
 mod cli;
+mod network;
 mod process;
