@@ -332,7 +332,7 @@ pub fn virtio_net(data: &[u8]) {
 pub fn pci(data: &[u8]) {
     let mut input = Input(data);
     let machine = Machine::new();
-    let entropy = Box::new(|bytes: &mut [u8]| bytes.fill(7));
+    let entropy = Arc::new(|bytes: &mut [u8]| bytes.fill(7));
     let device = (RngSpec {}).build("rng", &machine.wiring(), entropy);
     let device = device.expect("the host has threads");
     let d = machine.plug(&device);

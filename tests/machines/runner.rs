@@ -137,7 +137,7 @@ impl Guest {
             control: Arc::new(handle.clone()),
             serial: Box::new(move |data| sink.lock().unwrap().extend_from_slice(data)),
             console: Box::new(|_| ()),
-            entropy: Box::new(|data| data.fill(0xa5)),
+            entropy: Arc::new(|data| data.fill(0xa5)),
         };
         let machine = Machine::build(&self.spec(candidate.limited), host).expect("a machine");
         let (ended, alive) = channel::<()>();

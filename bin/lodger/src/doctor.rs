@@ -166,6 +166,7 @@ fn trial(engine: &dyn Engine) -> Result<(), String> {
     let config = VmConfig {
         memory: GuestMemory::new(&ram).map_err(|error| error.to_string())?,
         clock: LiveClock::start(),
+        entropy: Arc::new(|_| ()),
         model: Arc::new(model.map_err(|error| error.to_string())?),
         vcpus: 1,
     };

@@ -172,7 +172,7 @@ fn build(
         control: Arc::new(handle.clone()),
         serial: to_stdout(),
         console: to_stdout(),
-        entropy: Box::new(random),
+        entropy: Arc::new(random),
     };
     Ok(Machine::build(spec, host)?)
 }

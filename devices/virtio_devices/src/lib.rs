@@ -12,4 +12,4 @@ mod workers;
 pub use blk::{Blk, BlkError, BlkSpec};
 pub use console::{Console, ConsoleSpec, Output};
 pub use net::{Net, NetSpec, NetworkSpec};
-pub use rng::{Entropy, Rng, RngSpec};
+pub use rng::{Rng, RngSpec};

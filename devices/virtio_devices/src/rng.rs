@@ -5,6 +5,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use lodger_clock::Entropy;
 use lodger_device_model::{Payload, RestoreError};
 use lodger_virtio::{Activation, Queue, VirtioDevice, VirtioPci, Wiring};
 use serde::{Deserialize, Serialize};
@@ -17,9 +18,6 @@ const KIND: &str = "virtio-rng";
 const MOST: u64 = 64 << 10;
 /// Bytes that are asked of the host at a time.
 const CHUNK: usize = 4 << 10;
-
-/// Fills a slice with random bytes.
-pub type Entropy = Box<dyn Fn(&mut [u8]) + Send + Sync>;
 
 /// A source of random numbers.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]

@@ -169,7 +169,7 @@ fn odd_buffers_do_no_harm() {
 fn entropy_fills_the_buffers() {
     let machine = Machine::new();
     let next = AtomicU8::new(1);
-    let entropy = Box::new(move |bytes: &mut [u8]| {
+    let entropy = Arc::new(move |bytes: &mut [u8]| {
         for b in bytes {
             *b = next.fetch_add(1, Ordering::Relaxed);
         }

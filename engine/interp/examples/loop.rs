@@ -51,6 +51,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let vm = InterpEngine.create_vm(VmConfig {
         memory,
         clock: LiveClock::start(),
+        entropy: Arc::new(|_| ()),
         model: Arc::clone(&model),
         vcpus: 1,
     })?;

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
-use lodger_clock::SharedClock;
+use lodger_clock::{Entropy, SharedClock};
 use lodger_guest_memory::PAGE_SIZE;
 use lodger_host_sys::low::LowBox;
 use lodger_lapic::{Address, Ipi, IpiMode};
@@ -132,6 +132,7 @@ where
 pub struct VmShared {
     pub ram: Ram,
     pub clock: SharedClock,
+    pub entropy: Entropy,
     pub model: Arc<CpuModel>,
     /// Physical address bits (CPUID 8000_0008h).
     pub physical_bits: u32,
@@ -202,6 +203,7 @@ impl VmShared {
         Ok(VmShared {
             ram: Ram::new(&config.memory),
             clock: config.clock,
+            entropy: config.entropy,
             is_amd: vendor == u32::from_le_bytes(*b"Auth"),
             physical_bits: (size & 0xff).clamp(32, 52),
             cr4_bits: config.model.cr4_bits(),

@@ -94,6 +94,7 @@ fn prepare(kvm: &Kvm) -> Result<impl Vcpu + use<>, EngineError> {
     let config = VmConfig {
         memory,
         clock: LiveClock::start(),
+        entropy: Arc::new(|_| ()),
         model: Arc::new(model),
         vcpus: 1,
     };

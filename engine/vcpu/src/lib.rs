@@ -14,7 +14,7 @@ mod exit;
 
 use std::sync::Arc;
 
-use lodger_clock::SharedClock;
+use lodger_clock::{Entropy, SharedClock};
 use lodger_guest_memory::GuestMemory;
 use lodger_x86::{CpuModel, CpuState};
 
@@ -67,6 +67,8 @@ pub struct VmConfig {
     pub memory: GuestMemory,
     /// Guest time.
     pub clock: SharedClock,
+    /// What RDRAND and RDSEED give, where the engine executes them itself.
+    pub entropy: Entropy,
     /// CPUID and TSC frequency.
     pub model: Arc<CpuModel>,
     /// Number of vCPUs, from 1.

@@ -9,7 +9,7 @@ use lodger_chipset::{
     HPET_RTC_LINE, Hpet, HpetConfig, HpetLines, I8042, Ioapic, IoapicConfig, PM_PORT, Pic, Pit,
     ResetControl, Rtc, RtcConfig, Uart, UartConfig,
 };
-use lodger_clock::SharedClock;
+use lodger_clock::{Entropy, SharedClock};
 use lodger_device_model::{Device, IrqLine, IrqSink, MachineControl};
 use lodger_guest_memory::GuestMemory;
 use lodger_loader::{BootProtocol, BootSource, Payload};
@@ -18,7 +18,7 @@ use lodger_pci::{AddError, CONFIG_PORTS, CONFIG_PORTS_LEN, HostBridge, PciBus};
 use lodger_tables::{AcpiConfig, fw_cfg_files};
 use lodger_vcpu::{Engine, EngineError, VmConfig};
 use lodger_virtio::{VirtioPci, Wiring};
-use lodger_virtio_devices::{BlkError, Entropy, Output, RngSpec};
+use lodger_virtio_devices::{BlkError, Output, RngSpec};
 use lodger_x86::cpu_model::UnknownModel;
 use lodger_x86::{CpuModel, HostFeatures};
 
@@ -105,6 +105,7 @@ impl Machine {
         let vm = host.engine.create_vm(VmConfig {
             memory: memory.clone(),
             clock: host.clock.clone(),
+            entropy: host.entropy.clone(),
             model: Arc::clone(&model),
             vcpus: spec.vcpus,
         })?;

@@ -2,7 +2,7 @@
 //!
 //! Devices and engines never ask the host for the time: they hold a [`Clock`]. A live clock passes the
 //! host's monotonic time on; a recording clock logs what it passed; a replaying clock answers from the log.
-//! Host input (bytes typed, packets received) comes in the same way through [`InputPort`]s.
+//! Host input (bytes typed, packets received) comes in the same way through [`InputPort`]s, random bytes through an [`Entropy`].
 //!
 //! All times are nanoseconds. *Guest time* starts at 0 when the machine is first started and stands still
 //! while the clock is paused.
@@ -57,6 +57,9 @@ pub trait InputPort: Send + Sync {
     /// device asked for more (see `on_room`).
     fn offer(&self, data: &[u8]) -> usize;
 }
+
+/// Fills a slice with random bytes of the host's: for the entropy device, and for the instructions that give random numbers.
+pub type Entropy = Arc<dyn Fn(&mut [u8]) + Send + Sync>;
 
 /// A shared clock.
 pub type SharedClock = Arc<dyn Clock>;

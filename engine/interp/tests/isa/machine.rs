@@ -173,6 +173,7 @@ impl Machine {
             .create_vm(VmConfig {
                 memory: memory.clone(),
                 clock: LiveClock::start(),
+                entropy: Arc::new(|bytes| bytes.fill(0xa5)),
                 model: Arc::new(CpuModel::v3(vcpus, &host, 1_000_000)),
                 vcpus,
             })

@@ -131,6 +131,7 @@ impl Machine {
             .create_vm(VmConfig {
                 memory: memory.clone(),
                 clock: clock.clone(),
+                entropy: Arc::new(|_| ()),
                 model: Arc::clone(&model),
                 vcpus: 1,
             })

@@ -74,6 +74,7 @@ impl Guest {
         let config = VmConfig {
             memory: memory.clone(),
             clock: LiveClock::start(),
+            entropy: Arc::new(|_| ()),
             model: Arc::new(model(vcpus)),
             vcpus,
         };

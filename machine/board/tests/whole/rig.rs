@@ -164,7 +164,7 @@ pub fn rig() -> Rig {
             }
         }),
         console: Box::new(|_| {}),
-        entropy: Box::new(|data| data.fill(4)),
+        entropy: Arc::new(|data| data.fill(4)),
     };
     let machine = Machine::build(&spec(&files), host).unwrap();
     Rig {

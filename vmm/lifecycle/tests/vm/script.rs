@@ -226,7 +226,7 @@ pub fn rig(scripts: Scripts, policy: Policy, refuses: Option<u32>) -> Rig {
         control: Arc::new(handle.clone()),
         serial: Box::new(|_| {}),
         console: Box::new(|_| {}),
-        entropy: Box::new(|data| data.fill(4)),
+        entropy: Arc::new(|data| data.fill(4)),
     };
     Rig {
         machine: Arc::new(Machine::build(&spec, host).unwrap()),
