@@ -169,6 +169,8 @@ pub struct Cpu {
     /// RFLAGS.TF was set when the instruction began: a trap follows it. What enters a handler drops it, as does a
     /// load of SS.
     pub step_trap: bool,
+    /// As in `CpuState`: after a load of SS, the debug traps that come after the next instruction.
+    pub held_debug: Option<u64>,
     /// A level-triggered interrupt was finished: its vector must go to the IOAPICs.
     pub eoi: Option<u8>,
     /// Something changed that may make an event deliverable: look before the next block.

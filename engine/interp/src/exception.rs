@@ -94,6 +94,7 @@ impl Cpu {
             Err(other) => Err(other),
             Ok(later) => {
                 self.shadow = false;
+                self.held_debug = None;
                 match event {
                     Event::Nmi => self.nmi_blocked = true,
                     Event::Exception(e) if e.vector == Vector::Debug => {

@@ -122,6 +122,7 @@ impl<T: Translator> InterpVcpu<T> {
             pauses: 0,
             repeating: false,
             step_trap: false,
+            held_debug: None,
             eoi: None,
             check_events: true,
             code_written: false,
@@ -236,9 +237,10 @@ impl Cpu {
     /// an interrupt shadow and of a repeated I/O.
     fn step(&mut self, block: &Block) -> Exec {
         self.step_trap = self.flag(RFlags::TF);
+        let held = self.held_debug.take();
         // An IRET that sets RF means the next instruction.
         let resume = self.flag(RFlags::RF);
-        if self.dr7 & 0xff != 0 && !self.flag(RFlags::RF) {
+        if self.dr7 & 0xff != 0 && !self.flag(RFlags::RF) && held.is_none() {
             let hit = self.code_breakpoints(self.code_address());
             if hit != 0 {
                 self.dr6 = self.dr6 & !0xf | hit;
@@ -260,6 +262,9 @@ impl Cpu {
             }
             Err(stop) => {
                 self.undo_rip(op.len);
+                if stop == Stop::Io {
+                    self.held_debug = held;
+                }
                 if stop != Stop::Again {
                     return Err(stop);
                 }
@@ -268,8 +273,12 @@ impl Cpu {
         }
         // The shadow of STI is over.
         self.interrupts_may_come();
+        self.debug_trap |= held.unwrap_or(0);
         if self.step_trap {
             self.debug_trap |= dr6::BS;
+        }
+        if let Some(held) = &mut self.held_debug {
+            *held |= std::mem::take(&mut self.debug_trap);
         }
         if self.debug_trap != 0 {
             self.dr6 |= std::mem::take(&mut self.debug_trap);
@@ -496,6 +505,7 @@ impl Cpu {
         self.activity = state.activity;
         (self.nmi_pending, self.nmi_blocked) = (state.nmi_pending, state.nmi_blocked);
         self.shadow = state.interrupt_shadow;
+        self.held_debug = state.held_debug.filter(|_| self.shadow);
         self.set_lapic(state.lapic.clone());
         let paging = self.paging();
         if paging.is_pae32()
@@ -542,6 +552,7 @@ impl Cpu {
             nmi_pending: self.nmi_pending,
             nmi_blocked: self.nmi_blocked,
             interrupt_shadow: self.shadow,
+            held_debug: self.held_debug,
         }
     }
 }

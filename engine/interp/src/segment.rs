@@ -351,11 +351,13 @@ pub fn mov_to_segment(c: &mut Cpu, op: &Op) -> Exec {
     Err(Stop::EndBlock)
 }
 
-/// MOV SS and POP SS hold off interrupts and traps, so that the load of RSP that follows is not separated from them.
+/// MOV SS and POP SS hold off interrupts and traps, so that the load of RSP that follows is not separated from them. A single-step
+/// trap is lost, a data breakpoint's comes later.
 fn stack_loaded(c: &mut Cpu, reg: u8) {
     if reg == seg::SS {
         c.shadow = true;
         c.step_trap = false;
+        c.held_debug = Some(0);
     }
 }
 

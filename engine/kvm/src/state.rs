@@ -429,12 +429,19 @@ pub(crate) fn load(
     };
     events.nmi.pending = u8::from(s.nmi_pending);
     events.nmi.masked = u8::from(s.nmi_blocked);
-    events.interrupt.shadow = if s.interrupt_shadow { SHADOW_STI } else { 0 };
+    events.interrupt.shadow = match (s.interrupt_shadow, s.held_debug) {
+        (false, _) => 0,
+        (true, None) => SHADOW_STI,
+        // KVM takes no debug exceptions that it would have to hold back.
+        (true, Some(_)) => SHADOW_SS,
+    };
     fd.set_vcpu_events(&events)
         .map_err(refused("events", "malformed"))
 }
 
-/// KVM_X86_SHADOW_INT_STI; the shadow of a load of SS ends the same way.
+/// KVM_X86_SHADOW_INT_MOV_SS.
+const SHADOW_SS: u8 = 1;
+/// KVM_X86_SHADOW_INT_STI.
 const SHADOW_STI: u8 = 2;
 
 /// Reads the whole state. `id` is the vCPU's number; `shutdown` is what KVM does not keep.
@@ -512,6 +519,7 @@ pub(crate) fn store(
         nmi_pending: events.nmi.pending != 0 || events.nmi.injected != 0,
         nmi_blocked: events.nmi.masked != 0 && events.nmi.injected == 0,
         interrupt_shadow: events.interrupt.shadow != 0,
+        held_debug: (events.interrupt.shadow & SHADOW_SS != 0).then_some(0),
     })
 }
 

@@ -62,6 +62,9 @@ pub struct CpuState {
     pub nmi_blocked: bool,
     /// The instruction before was STI or a load of SS: interrupts are held off for one instruction.
     pub interrupt_shadow: bool,
+    /// The instruction before was a load of SS: no instruction breakpoint is met at this one, and a #DB that reports these bits of
+    /// DR6 follows it, if there are any (SDM vol. 3, 6.8.3).
+    pub held_debug: Option<u64>,
 }
 
 /// What a vCPU does when it is let run.
@@ -254,6 +257,7 @@ impl CpuState {
             nmi_pending: false,
             nmi_blocked: false,
             interrupt_shadow: false,
+            held_debug: None,
         }
     }
 
@@ -299,7 +303,10 @@ impl CpuState {
                 (self.cr0, self.cr2, self.cr3) = (o.cr0, o.cr2, o.cr3);
                 (self.cr4, self.efer, self.xcr0) = (o.cr4, o.efer, o.xcr0);
             }
-            Element::Debug => (self.dr, self.dr6, self.dr7) = (o.dr, o.dr6, o.dr7),
+            Element::Debug => {
+                (self.dr, self.dr6, self.dr7) = (o.dr, o.dr6, o.dr7);
+                self.held_debug = o.held_debug;
+            }
             Element::Msrs => self.msrs = o.msrs.clone(),
             Element::Fpu => self.fpu = o.fpu.clone(),
             Element::Lapic => self.lapic = o.lapic.clone(),
