@@ -12,16 +12,18 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Output, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, SystemTime};
 
 use crate::cache::Workshop;
-use crate::error::{Error, IoContext, Result, says_full};
+use crate::deb::Deb;
+use crate::error::{Error, IoContext, Result};
 use crate::manifest::sha256_of;
 use crate::progress::Progress;
+use crate::sources::{self, Sources};
+use crate::tool::{Tool, complaints};
 
 /// Not in anybody's PATH, and at the same place on every Debian.
 const APT_HELPER: &str = "/usr/lib/apt/apt-helper";
@@ -81,14 +83,6 @@ impl PackageTools {
     }
 }
 
-/// A package that has been fetched and verified.
-#[derive(Debug)]
-pub(crate) struct Deb {
-    pub(crate) package: String,
-    pub(crate) version: String,
-    path: PathBuf,
-}
-
 /// Where a package is to be had.
 #[derive(Debug, PartialEq, Eq)]
 struct Remote {
@@ -110,29 +104,69 @@ pub(crate) struct Apt<'a> {
     status: PathBuf,
     /// Our own package lists, when the host's would not do.
     lists: Option<PathBuf>,
+    /// Our own package sources, if the host's are not to count.
+    sources: Option<(PathBuf, Sources)>,
+}
+
+/// Which of the host's package sources count.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Archive<'a> {
+    /// All of them, as they are.
+    Host,
+    /// Debian's own, for this suite; `None`: the one that the host has.
+    Debian(Option<&'a str>),
 }
 
 /// Fetches the packages that `choose` names after asking apt.
 pub(crate) fn fetch(
     workshop: &Workshop,
+    archive: Archive,
     progress: &mut dyn Progress,
-    choose: impl Fn(&Apt) -> Result<Vec<String>>,
+    mut choose: impl FnMut(&Apt) -> Result<Vec<String>>,
 ) -> Result<Vec<Deb>> {
     let mut apt = Apt::new(workshop)?;
-    let attempt = |apt: &Apt, progress: &mut dyn Progress| {
+    let mut suite = None;
+    let mut try_first = true;
+    if let Archive::Debian(wanted) = archive {
+        let sources = match apt.debian(wanted)? {
+            Some(sources) => sources,
+            None => {
+                progress.step("fetching package lists", None);
+                let detail = apt.update()?;
+                apt.debian(wanted)?.ok_or(Error::NoArchive { detail })?
+            }
+        };
+        try_first = sources.has_lists;
+        suite = Some(sources.suite.clone());
+        apt.use_sources(sources)?;
+    }
+    let mut attempt = |apt: &Apt, progress: &mut dyn Progress| {
         progress.step("looking for the packages", None);
-        let remotes = apt.locate(&choose(apt)?)?;
-        apt.download(&remotes, progress)
+        let names = choose(apt)?;
+        let remotes = apt.locate(&names)?;
+        let mut debs = apt.download(&remotes, progress)?;
+        debs.sort_by_key(|deb| names.iter().position(|name| *name == deb.package));
+        Ok(debs)
     };
-    match attempt(&apt, progress) {
-        Err(Error::NoPackage { .. }) => {}
-        // A mirror forgets a version soon after there is a newer one.
-        Err(Error::Download { detail, .. }) if detail.contains("404") => {}
-        result => return result,
+    if try_first {
+        match attempt(&apt, progress) {
+            Err(Error::NoPackage { .. }) => {}
+            // A mirror forgets a version soon after there is a newer one.
+            Err(Error::Download { detail, .. }) if detail.contains("404") => {}
+            result => return result,
+        }
     }
     progress.step("fetching package lists", None);
     let complaints = apt.update()?;
     match attempt(&apt, progress) {
+        Err(Error::NoPackage { .. })
+            if suite.is_some() && complaints.contains("does not have a Release file") =>
+        {
+            Err(Error::UnknownSuite {
+                suite: suite.unwrap_or_default(),
+                detail: complaints,
+            })
+        }
         Err(Error::NoPackage { package }) if !complaints.is_empty() => Err(Error::NoLists {
             package,
             dir: workshop.downloads.clone(),
@@ -150,6 +184,7 @@ impl Apt<'_> {
             cache: workshop.scratch.join("apt"),
             status: workshop.scratch.join("status"),
             lists: None,
+            sources: None,
         };
         if !Path::new(APT_HELPER).exists() {
             return Err(Error::NoApt { program: "apt-get" });
@@ -177,7 +212,64 @@ impl Apt<'_> {
         if let Some(lists) = &self.lists {
             option("Dir::State::lists", lists);
         }
+        if let Some((sources, _)) = &self.sources {
+            option("Dir::Etc::SourceList", sources);
+            option("Dir::Etc::SourceParts", Path::new("/dev/null"));
+            option("APT::Architecture", Path::new(ARCHITECTURE));
+            option("APT::Architectures", Path::new(ARCHITECTURE));
+        }
         Ok(tool)
+    }
+
+    /// What the host's apt has of Debian's archive, made to serve `suite`. `None` if it has nothing of it.
+    fn debian(&self, suite: Option<&str>) -> Result<Option<Sources>> {
+        let mut tool = self.command("apt-get")?;
+        tool.command
+            .args(["indextargets", "--format", sources::FORMAT])
+            .args(["Created-By: Packages", "Identifier: Packages"])
+            .arg(format!("Architecture: {ARCHITECTURE}"));
+        Ok(Sources::choose(&tool.output()?, suite))
+    }
+
+    /// Lets nothing but these sources count from now on.
+    fn use_sources(&mut self, sources: Sources) -> Result<()> {
+        let path = self.workshop.scratch.join("sources.list");
+        let keyring = Path::new(sources::KEYRING).exists();
+        fs::write(&path, sources.list(keyring)).while_trying("write", &path)?;
+        self.sources = Some((path, sources));
+        Ok(())
+    }
+
+    /// The file `sources.list` that suits a guest.
+    pub(crate) fn sources_list(&self) -> String {
+        self.sources
+            .as_ref()
+            .map(|(_, sources)| sources.list(true))
+            .unwrap_or_default()
+    }
+
+    /// The names of these packages, of all that a minimal system has, and of all that they depend on, in an order that
+    /// suits their installation.
+    pub(crate) fn resolve(&self, packages: &[String]) -> Result<Vec<String>> {
+        let mut tool = self.command("apt-get")?;
+        tool.command
+            .args([
+                "install",
+                "--print-uris",
+                "--yes",
+                "--no-install-recommends",
+            ])
+            .args(["?essential", "?priority(required)"])
+            .args(packages);
+        let output = tool.run()?;
+        if !output.status.success() {
+            return Err(match unknown_package(&output.stderr) {
+                Some(package) => Error::NoPackage { package },
+                None => tool.failed(&output.stderr, output.status),
+            });
+        }
+        let text = String::from_utf8_lossy(&output.stdout);
+        Ok(text.lines().filter_map(package_of_uri).collect())
     }
 
     /// Fetches fresh package lists, to be used from now on. Sources that fail are
@@ -260,6 +352,7 @@ impl Apt<'_> {
     /// Fetches the packages that are not there yet.
     fn download(&self, remotes: &[Remote], progress: &mut dyn Progress) -> Result<Vec<Deb>> {
         self.drop_others(remotes)?;
+        self.download_together(remotes, progress)?;
         remotes
             .iter()
             .map(|remote| {
@@ -287,12 +380,37 @@ impl Apt<'_> {
         Ok(())
     }
 
+    /// Fetches in one go what there is nothing of yet. What fails is left to [`Apt::download_one`].
+    fn download_together(&self, remotes: &[Remote], progress: &mut dyn Progress) -> Result<()> {
+        let path = |remote: &Remote| self.workshop.downloads.join(&remote.file);
+        let missing: Vec<&Remote> = remotes
+            .iter()
+            .filter(|remote| !path(remote).exists())
+            .collect();
+        if missing.len() < 2 {
+            return Ok(());
+        }
+        let total = missing.iter().map(|remote| remote.size).sum();
+        let what = format!("downloading {} packages", missing.len());
+        progress.step(&what, Some(total));
+        let log = self.workshop.scratch.join("download.log");
+        let done = || {
+            let len = |remote: &&Remote| fs::metadata(path(remote)).map_or(0, |file| file.len());
+            missing.iter().map(len).sum::<u64>().min(total)
+        };
+        self.run_helper(&missing, &log, &mut || progress.advance(done()))?;
+        Ok(())
+    }
+
     fn download_one(
         &self,
         remote: &Remote,
         path: &Path,
         progress: &mut dyn Progress,
     ) -> Result<()> {
+        if remote.is_at(path)? {
+            return Ok(());
+        }
         let what = format!("downloading {} {}", remote.package, remote.version);
         progress.step(&what, Some(remote.size));
         let log = self.workshop.scratch.join("download.log");
@@ -307,7 +425,11 @@ impl Apt<'_> {
                 }
                 Err(_) => false,
             };
-            let status = self.run_helper(remote, path, &log, progress)?;
+            let status = self.run_helper(&[remote], &log, &mut || {
+                if let Ok(metadata) = fs::metadata(path) {
+                    progress.advance(metadata.len().min(remote.size));
+                }
+            })?;
             if status.success() && remote.matches(path)? {
                 return Ok(());
             }
@@ -325,49 +447,36 @@ impl Apt<'_> {
         }
     }
 
-    /// Lets apt-helper fetch the file, and watches it grow. It writes its output
-    /// to a file, not to us: if we are killed, it finishes its work for the next
-    /// build, which waits for it because it holds the lock.
+    /// Lets apt-helper fetch files, and calls `watch` while they grow. It writes its
+    /// output to a file, not to us: if we are killed, it finishes its work for the
+    /// next build, which waits for it because it holds the lock.
     fn run_helper(
         &self,
-        remote: &Remote,
-        path: &Path,
+        remotes: &[&Remote],
         log: &Path,
-        progress: &mut dyn Progress,
+        watch: &mut dyn FnMut(),
     ) -> Result<ExitStatus> {
         let mut tool = self.command(APT_HELPER)?;
         let output = File::create(log).while_trying("create", log)?;
+        tool.command.arg("download-file");
+        for remote in remotes {
+            tool.command
+                .arg(&remote.uri)
+                .arg(self.workshop.downloads.join(&remote.file))
+                .arg(format!("SHA256:{}", remote.sha256));
+        }
         tool.command
-            .args(["download-file", &remote.uri])
-            .arg(path)
-            .arg(format!("SHA256:{}", remote.sha256))
             .stderr(output.try_clone().while_trying("write", log)?)
             .stdout(output);
         let mut child = tool.command.spawn().map_err(|error| tool.no_start(error))?;
         loop {
             let status = child.try_wait().map_err(|error| tool.no_start(error))?;
-            if let Ok(metadata) = fs::metadata(path) {
-                progress.advance(metadata.len().min(remote.size));
-            }
+            watch();
             match status {
                 Some(status) => return Ok(status),
                 None => sleep(Duration::from_millis(50)),
             }
         }
-    }
-}
-
-impl Deb {
-    /// Unpacks the files of the package below `dir`.
-    pub(crate) fn unpack(&self, dir: &Path, workshop: &Workshop) -> Result<()> {
-        let mut tool = Tool::new("dpkg-deb", workshop)?;
-        tool.command.arg("-x").arg(&self.path).arg(dir);
-        tool.output().map(drop)
-    }
-
-    /// Name and version.
-    pub(crate) fn title(&self) -> String {
-        format!("{} {}", self.package, self.version)
     }
 }
 
@@ -391,72 +500,18 @@ impl Remote {
         })
     }
 
+    /// Whether all of the package is there.
+    fn is_at(&self, path: &Path) -> Result<bool> {
+        let len = fs::metadata(path).map_or(0, |file| file.len());
+        Ok(len == self.size && self.matches(path)?)
+    }
+
     /// Whether the file is the package, byte by byte.
     fn matches(&self, path: &Path) -> Result<bool> {
         let hash = File::open(path)
             .and_then(sha256_of)
             .while_trying("read", path)?;
         Ok(hash == self.sha256)
-    }
-}
-
-/// A program of the host's, run with the lock as its standard input.
-struct Tool {
-    program: &'static str,
-    command: Command,
-}
-
-impl Tool {
-    fn new(program: &'static str, workshop: &Workshop) -> Result<Tool> {
-        let lock = workshop
-            .lock
-            .try_clone()
-            .while_trying("share the lock in", &workshop.scratch)?;
-        let mut command = Command::new(program);
-        command.env("LC_ALL", "C").stdin(lock);
-        Ok(Tool { program, command })
-    }
-
-    /// Runs it to its end, whatever that is.
-    fn run(&mut self) -> Result<Output> {
-        self.command.output().map_err(|error| self.no_start(error))
-    }
-
-    /// Runs it, and takes its standard output.
-    fn output(&mut self) -> Result<String> {
-        let output = self.run()?;
-        if !output.status.success() {
-            return Err(self.failed(&output.stderr, output.status));
-        }
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-    }
-
-    fn no_start(&self, error: io::Error) -> Error {
-        match error.kind() {
-            io::ErrorKind::NotFound => Error::NoApt {
-                program: self.program,
-            },
-            _ => self.error(error.to_string()),
-        }
-    }
-
-    fn failed(&self, stderr: &[u8], status: ExitStatus) -> Error {
-        self.error(match complaints(stderr) {
-            text if text.is_empty() => status.to_string(),
-            text => text,
-        })
-    }
-
-    fn error(&self, detail: String) -> Error {
-        let words = [self.command.get_program()]
-            .into_iter()
-            .chain(self.command.get_args())
-            .map(|word| word.to_string_lossy())
-            .collect::<Vec<_>>();
-        Error::Tool {
-            command: words.join(" "),
-            detail,
-        }
     }
 }
 
@@ -472,6 +527,24 @@ fn depends(record: &str) -> Vec<String> {
         .collect()
 }
 
+/// The package of a line of `apt-get install --print-uris`: `'URI' PACKAGE_VERSION_ARCHITECTURE.deb SIZE HASH`.
+fn package_of_uri(line: &str) -> Option<String> {
+    let (_, rest) = line.strip_prefix('\'')?.split_once("' ")?;
+    rest.split_once('_').map(|(package, _)| package.to_owned())
+}
+
+/// The package that apt-get does not know.
+fn unknown_package(stderr: &[u8]) -> Option<String> {
+    let text = String::from_utf8_lossy(stderr);
+    text.lines().find_map(|line| {
+        let line = line.strip_prefix("E: ")?;
+        let name = line
+            .strip_prefix("Unable to locate package ")
+            .or_else(|| Some(line.strip_prefix("Package '")?.split_once('\'')?.0))?;
+        Some(name.trim().to_owned())
+    })
+}
+
 fn says_no_package(stderr: &[u8]) -> bool {
     let text = String::from_utf8_lossy(stderr);
     [
@@ -481,30 +554,6 @@ fn says_no_package(stderr: &[u8]) -> bool {
     ]
     .iter()
     .any(|phrase| text.contains(phrase))
-}
-
-/// What a program complained of: a full disk, which explains everything else, or its first errors and warnings, or else
-/// its last line.
-fn complaints(stderr: &[u8]) -> String {
-    let text = String::from_utf8_lossy(stderr);
-    if let Some(line) = text.lines().find(|line| says_full(line)) {
-        return line.trim().to_owned();
-    }
-    let marked = text
-        .lines()
-        .filter_map(|line| line.strip_prefix("E: ").or(line.strip_prefix("W: ")))
-        .map(|line| line.trim_end_matches('.'))
-        .take(2)
-        .collect::<Vec<_>>();
-    if marked.is_empty() {
-        return text
-            .lines()
-            .next_back()
-            .unwrap_or_default()
-            .trim()
-            .to_owned();
-    }
-    marked.join("; ")
 }
 
 #[cfg(test)]
@@ -536,6 +585,34 @@ mod tests {
     }
 
     #[test]
+    fn lines_of_apt_get_install() {
+        for (line, package) in [
+            (
+                "'http://mirror.example/pool/a/a_1%3a2_all.deb' a_1%3a2_all.deb 5 MD5Sum:00",
+                Some("a"),
+            ),
+            ("Reading package lists...", None),
+            ("'http://mirror.example/a.deb' a", None),
+        ] {
+            assert_eq!(package_of_uri(line).as_deref(), package, "{line}");
+        }
+        for (line, package) in [
+            ("E: Unable to locate package nonesuch\n", Some("nonesuch")),
+            (
+                "W: x\nE: Package 'exim' has no installation candidate\n",
+                Some("exim"),
+            ),
+            ("E: Unable to correct problems\n", None),
+        ] {
+            assert_eq!(
+                unknown_package(line.as_bytes()).as_deref(),
+                package,
+                "{line}"
+            );
+        }
+    }
+
+    #[test]
     fn field_depends() {
         for (record, expected) in [
             ("Package: a\nVersion: 1\n", &[][..]),
@@ -546,21 +623,6 @@ mod tests {
             ),
         ] {
             assert_eq!(depends(record), expected, "{record}");
-        }
-    }
-
-    #[test]
-    fn what_a_program_complains_of() {
-        for (stderr, expected) in [
-            ("", ""),
-            ("one\ntwo\n", "two"),
-            ("W: a.\nnoise\nE: b\nE: c\n", "a; b"),
-            (
-                "W: a\ntar: b: No space left on device\ntar failed\n",
-                "tar: b: No space left on device",
-            ),
-        ] {
-            assert_eq!(complaints(stderr.as_bytes()), expected);
         }
     }
 }

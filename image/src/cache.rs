@@ -19,7 +19,9 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
+use crate::debian::{self, Debian};
 use crate::error::{Error, IoContext, Result};
+use crate::guest::Guest;
 use crate::manifest::{self, Contents, Manifest};
 use crate::mini;
 use crate::progress::Progress;
@@ -28,17 +30,25 @@ use crate::progress::Progress;
 pub const DEFAULT_IMAGE: &str = "mini";
 
 /// An image that can be built.
-struct Recipe {
-    name: &'static str,
-    description: &'static str,
-    build: fn(&Workshop, &Path, &mut dyn Progress) -> Result<Contents>,
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Recipe<'a> {
+    Mini,
+    /// Of this suite; `None`: the host's own.
+    Debian(Option<&'a str>),
 }
 
-const RECIPES: &[Recipe] = &[Recipe {
-    name: DEFAULT_IMAGE,
-    description: mini::DESCRIPTION,
-    build: mini::build,
-}];
+/// What an image is to be like. What is left out is as the image's recipe has it; `mini` takes none of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct BuildOptions {
+    /// Bytes of the root disk.
+    pub size: Option<u64>,
+    /// Packages beyond the usual ones.
+    pub packages: Vec<String>,
+    /// A user who logs in at the console instead of root.
+    pub user: Option<String>,
+    /// SSH public keys that may log in, as they are in `authorized_keys`.
+    pub ssh_keys: Vec<String>,
+}
 
 /// The images of one user.
 #[derive(Debug, Clone)]
@@ -53,7 +63,9 @@ pub struct Image {
     pub kernel: PathBuf,
     /// The initial RAM disk.
     pub initrd: PathBuf,
-    /// The kernel command line that suits the two.
+    /// The root disk, raw, which nobody may write to: a machine gets a copy of its own.
+    pub disk: Option<PathBuf>,
+    /// The kernel command line that suits them.
     pub append: String,
 }
 
@@ -61,7 +73,7 @@ pub struct Image {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageInfo {
     /// What to call it.
-    pub name: &'static str,
+    pub name: String,
     /// What it is, in one line.
     pub description: &'static str,
     /// Where its files are, or would be.
@@ -116,20 +128,33 @@ impl Cache {
 
     /// All images that are known, built or not.
     pub fn list(&self) -> Vec<ImageInfo> {
-        RECIPES
-            .iter()
-            .map(|recipe| ImageInfo {
-                name: recipe.name,
-                description: recipe.description,
-                dir: self.image_dir(recipe.name),
-                state: match self.manifest(recipe.name) {
+        let mut names = vec![DEFAULT_IMAGE.to_owned(), debian::NAME.to_owned()];
+        // Other suites are known when they are built.
+        let built = fs::read_dir(self.root.join("images")).into_iter().flatten();
+        let mut suites: Vec<String> = built
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .filter_map(|dir| Some(format!("{}:{}", debian::NAME, dir.strip_prefix("debian-")?)))
+            .filter(|name| Recipe::find(name).is_ok())
+            .collect();
+        suites.sort();
+        names.append(&mut suites);
+        names
+            .into_iter()
+            .map(|name| ImageInfo {
+                description: match name == DEFAULT_IMAGE {
+                    true => mini::DESCRIPTION,
+                    false => debian::DESCRIPTION,
+                },
+                dir: self.image_dir(&name),
+                state: match self.manifest(&name) {
                     Ok(None) => ImageState::Absent,
                     Ok(Some(manifest)) => ImageState::Ready {
-                        size: manifest.size(),
+                        size: manifest.size(&self.image_dir(&name)),
                         kernel_release: manifest.kernel_release,
                     },
                     Err(reason) => ImageState::Damaged(reason),
                 },
+                name,
             })
             .collect()
     }
@@ -137,18 +162,25 @@ impl Cache {
     /// The image of that name; `None` if it has not been built. Checks that its
     /// files are there and have the right sizes; [`Cache::verify`] checks all.
     pub fn get(&self, name: &str) -> Result<Option<Image>> {
-        let recipe = recipe(name)?;
+        Recipe::find(name)?;
         let manifest = self
-            .manifest(recipe.name)
-            .map_err(|reason| self.damaged(recipe, reason))?;
-        Ok(manifest.map(|manifest| self.image(recipe.name, &manifest)))
+            .manifest(name)
+            .map_err(|reason| self.damaged(name, reason))?;
+        Ok(manifest.map(|manifest| self.image(name, &manifest)))
     }
 
-    /// The image of that name; builds it if it is not there or damaged.
-    pub fn get_or_build(&self, name: &str, progress: &mut dyn Progress) -> Result<Image> {
+    /// The image of that name; builds it as its recipe has it if it is not there or damaged.
+    pub fn get_or_build(
+        &self,
+        name: &str,
+        progress: &mut dyn Progress,
+        guest: &mut dyn Guest,
+    ) -> Result<Image> {
         match self.get(name) {
             Ok(Some(image)) => Ok(image),
-            Ok(None) | Err(Error::Damaged { .. }) => self.build(name, progress),
+            Ok(None) | Err(Error::Damaged { .. }) => {
+                self.build(name, &BuildOptions::default(), progress, guest)
+            }
             Err(error) => Err(error),
         }
     }
@@ -156,47 +188,71 @@ impl Cache {
     /// Checks every byte of an image against its checksum. `false` if the image
     /// has not been built.
     pub fn verify(&self, name: &str) -> Result<bool> {
-        let recipe = recipe(name)?;
-        let check = || match self.manifest(recipe.name)? {
+        Recipe::find(name)?;
+        let check = || match self.manifest(name)? {
             Some(manifest) => manifest
-                .check_contents(&self.image_dir(recipe.name))
+                .check_contents(&self.image_dir(name))
                 .map(|()| true),
             None => Ok(false),
         };
-        check().map_err(|reason| self.damaged(recipe, reason))
+        check().map_err(|reason| self.damaged(name, reason))
     }
 
     /// Builds an image from the newest packages, in place of the one that may be
-    /// there. Waits while another process builds one, and then takes that.
-    pub fn build(&self, name: &str, progress: &mut dyn Progress) -> Result<Image> {
-        let recipe = recipe(name)?;
-        self.build_recipe(recipe, progress)
+    /// there. Waits while another process builds one, and then takes that. `guest` finishes the
+    /// installation of images that need it.
+    pub fn build(
+        &self,
+        name: &str,
+        options: &BuildOptions,
+        progress: &mut dyn Progress,
+        guest: &mut dyn Guest,
+    ) -> Result<Image> {
+        let recipe = Recipe::find(name)?;
+        let debian = match recipe {
+            Recipe::Mini if *options != BuildOptions::default() => {
+                return Err(Error::Option {
+                    image: name.to_owned(),
+                    problem: "it has no options; 'debian' has".to_owned(),
+                });
+            }
+            Recipe::Mini => None,
+            Recipe::Debian(suite) => Some(Debian::new(name, suite, options)?),
+        };
+        let fill = |workshop: &Workshop, dir: &Path, progress: &mut dyn Progress| match &debian {
+            None => mini::build(workshop, dir, progress),
+            Some(debian) => debian.build(workshop, dir, progress, guest),
+        };
+        self.build_with(name, progress, fill)
             .map_err(|error| error.or_no_space(&self.root))
     }
 
-    fn build_recipe(&self, recipe: &Recipe, progress: &mut dyn Progress) -> Result<Image> {
-        let before = self.manifest(recipe.name).ok().flatten();
+    fn build_with(
+        &self,
+        name: &str,
+        progress: &mut dyn Progress,
+        fill: impl FnOnce(&Workshop, &Path, &mut dyn Progress) -> Result<Contents>,
+    ) -> Result<Image> {
+        let before = self.manifest(name).ok().flatten();
         let (workshop, waited) = self.enter(progress)?;
         if waited
-            && let Ok(Some(manifest)) = self.manifest(recipe.name)
+            && let Ok(Some(manifest)) = self.manifest(name)
             && Some(&manifest) != before.as_ref()
         {
-            return Ok(self.image(recipe.name, &manifest));
+            return Ok(self.image(name, &manifest));
         }
-        self.install(recipe.name, &workshop, |dir| {
-            (recipe.build)(&workshop, dir, progress)
-        })
+        self.install(name, &workshop, |dir| fill(&workshop, dir, progress))
     }
 
     /// Removes an image, and what an interrupted build may have left. `false` if
     /// the image was not there.
     pub fn remove(&self, name: &str) -> Result<bool> {
-        let recipe = recipe(name)?;
+        Recipe::find(name)?;
         if !self.root.exists() {
             return Ok(false);
         }
         let (workshop, _) = self.enter(&mut ())?;
-        let removed = self.discard(recipe.name, &workshop)?;
+        let removed = self.discard(name, &workshop)?;
         remove_dir(&workshop.downloads)?;
         Ok(removed)
     }
@@ -214,7 +270,7 @@ impl Cache {
     }
 
     fn image_dir(&self, name: &str) -> PathBuf {
-        self.root.join("images").join(name)
+        self.root.join("images").join(name.replace(':', "-"))
     }
 
     fn image(&self, name: &str, manifest: &Manifest) -> Image {
@@ -222,14 +278,15 @@ impl Cache {
         Image {
             kernel: dir.join(&manifest.kernel.file),
             initrd: dir.join(&manifest.initrd.file),
+            disk: manifest.disk.as_ref().map(|disk| dir.join(&disk.file)),
             append: manifest.append.clone(),
         }
     }
 
-    fn damaged(&self, recipe: &Recipe, reason: String) -> Error {
+    fn damaged(&self, name: &str, reason: String) -> Error {
         Error::Damaged {
-            name: recipe.name.to_owned(),
-            dir: self.image_dir(recipe.name),
+            name: name.to_owned(),
+            dir: self.image_dir(name),
             reason,
         }
     }
@@ -312,18 +369,26 @@ impl Drop for Workshop {
     }
 }
 
-fn recipe(name: &str) -> Result<&'static Recipe> {
-    RECIPES
-        .iter()
-        .find(|recipe| recipe.name == name)
-        .ok_or_else(|| Error::UnknownImage {
-            name: name.to_owned(),
-            known: RECIPES
-                .iter()
-                .map(|recipe| recipe.name)
-                .collect::<Vec<_>>()
-                .join(", "),
-        })
+impl Recipe<'_> {
+    /// How to make the image of that name: `mini`, `debian`, `debian:SUITE`.
+    fn find(name: &str) -> Result<Recipe<'_>> {
+        let suite = name
+            .strip_prefix(debian::NAME)
+            .and_then(|rest| rest.strip_prefix(':'));
+        let proper = |suite: &str| {
+            let letter = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+            suite.starts_with(|c: char| c.is_ascii_lowercase()) && suite.bytes().all(letter)
+        };
+        match (name, suite) {
+            (DEFAULT_IMAGE, _) => Ok(Recipe::Mini),
+            (debian::NAME, _) => Ok(Recipe::Debian(None)),
+            (_, Some(suite)) if proper(suite) => Ok(Recipe::Debian(Some(suite))),
+            _ => Err(Error::UnknownImage {
+                name: name.to_owned(),
+                known: format!("{DEFAULT_IMAGE}, {0}, {0}:SUITE", debian::NAME),
+            }),
+        }
+    }
 }
 
 /// The cache's place by the XDG Base Directory Specification: a relative
@@ -374,6 +439,7 @@ mod tests {
         Contents {
             kernel: "kernel",
             initrd: "initrd",
+            disk: None,
             append: "quiet",
             kernel_release: "6.1".into(),
             packages: [].into(),
@@ -422,7 +488,9 @@ mod tests {
         let (_dir, cache) = cache();
         for error in [
             cache.get("maxi").unwrap_err(),
-            cache.build("maxi", &mut ()).unwrap_err(),
+            cache
+                .build("maxi", &BuildOptions::default(), &mut (), &mut ())
+                .unwrap_err(),
             cache.remove("../mini").unwrap_err(),
         ] {
             assert!(matches!(error, Error::UnknownImage { .. }));
@@ -508,7 +576,7 @@ mod tests {
                     steps.borrow_mut().push(what.to_owned());
                     waiting.send(()).unwrap();
                 });
-                let image = cache.build("mini", &mut progress);
+                let image = cache.build("mini", &BuildOptions::default(), &mut progress, &mut ());
                 (image, steps.take())
             });
             is_waiting.recv().unwrap();
@@ -575,7 +643,10 @@ mod tests {
         let file = dir.path().join("file");
         fs::write(&file, b"").unwrap();
         let cache = Cache::open(Some(file.join("cache"))).unwrap();
-        let error = cache.build("mini", &mut ()).unwrap_err().to_string();
+        let error = cache
+            .build("mini", &BuildOptions::default(), &mut (), &mut ())
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("file/cache"), "{error}");
         assert!(error.contains("XDG_CACHE_HOME"), "{error}");
     }

@@ -7,8 +7,9 @@
 //! The format is "newc", as in the kernel's
 //! Documentation/driver-api/early-userspace/buffer-format.rst.
 
-use std::collections::BTreeMap;
 use std::io::{self, Write};
+
+use crate::tree::{Content, Kind, Node, Tree};
 
 /// The file type bits of a mode (POSIX `S_IFMT`), and the types used here.
 const TYPE: u32 = 0o170000;
@@ -17,78 +18,46 @@ const CHAR_DEVICE: u32 = 0o020000;
 const REGULAR: u32 = 0o100000;
 const SYMLINK: u32 = 0o120000;
 
-/// A tree of files in memory. Paths are relative, with `/` between components;
-/// directories on the way to a file come by themselves, with mode 755.
-#[derive(Default)]
-pub(crate) struct Tree {
-    nodes: BTreeMap<String, Node>,
+/// Writes the archive. A directory comes before what is in it, because its path is
+/// a prefix and so sorts first.
+pub(crate) fn write(tree: &Tree, out: &mut impl Write) -> io::Result<()> {
+    for (inode, (path, node)) in (1..).zip(tree.iter()) {
+        write_node(out, inode, path, node)?;
+    }
+    write_entry(out, 0, "TRAILER!!!", 0, (0, 0), b"")
 }
 
-struct Node {
-    /// Type and permission bits.
+fn write_node(out: &mut impl Write, inode: u32, path: &str, node: &Node) -> io::Result<()> {
+    let (kind, device, data) = match &node.kind {
+        Kind::Dir => (DIRECTORY, (0, 0), Vec::new()),
+        Kind::File(Content::Bytes(data)) => (REGULAR, (0, 0), data.clone()),
+        Kind::File(content) => (REGULAR, (0, 0), content.bytes()?),
+        Kind::Symlink(target) => (SYMLINK, (0, 0), target.clone().into()),
+        Kind::CharDevice(major, minor) => (CHAR_DEVICE, (*major, *minor), Vec::new()),
+        Kind::HardLink(_) => {
+            let problem = format!("{path}: a hard link in a cpio");
+            return Err(io::Error::new(io::ErrorKind::Unsupported, problem));
+        }
+    };
+    write_entry(out, inode, path, kind | node.permissions, device, &data)
+}
+
+fn write_entry(
+    out: &mut impl Write,
+    inode: u32,
+    path: &str,
     mode: u32,
-    /// Contents of a file, target of a symbolic link.
-    data: Vec<u8>,
-    /// Major and minor number of a device.
-    device: (u32, u32),
-}
-
-impl Node {
-    fn new(mode: u32, data: Vec<u8>) -> Node {
-        let device = (0, 0);
-        Node { mode, data, device }
-    }
-}
-
-impl Tree {
-    pub(crate) fn dir(&mut self, path: &str) {
-        self.insert(path, Node::new(DIRECTORY | 0o755, Vec::new()));
-    }
-
-    /// A regular file with these permission bits.
-    pub(crate) fn file(&mut self, path: &str, permissions: u32, data: Vec<u8>) {
-        self.insert(path, Node::new(REGULAR | permissions, data));
-    }
-
-    pub(crate) fn symlink(&mut self, path: &str, target: &str) {
-        self.insert(path, Node::new(SYMLINK | 0o777, target.into()));
-    }
-
-    pub(crate) fn char_device(&mut self, path: &str, permissions: u32, major: u32, minor: u32) {
-        let node = Node::new(CHAR_DEVICE | permissions, Vec::new());
-        let device = (major, minor);
-        self.insert(path, Node { device, ..node });
-    }
-
-    fn insert(&mut self, path: &str, node: Node) {
-        if let Some((parent, _)) = path.rsplit_once('/')
-            && !self.nodes.contains_key(parent)
-        {
-            self.dir(parent);
-        }
-        self.nodes.insert(path.to_owned(), node);
-    }
-
-    /// Writes the archive. A directory comes before what is in it, because its
-    /// path is a prefix and so sorts first.
-    pub(crate) fn write(&self, out: &mut impl Write) -> io::Result<()> {
-        for (inode, (path, node)) in (1..).zip(&self.nodes) {
-            write_entry(out, inode, path, node)?;
-        }
-        write_entry(out, 0, "TRAILER!!!", &Node::new(0, Vec::new()))
-    }
-}
-
-fn write_entry(out: &mut impl Write, inode: u32, path: &str, node: &Node) -> io::Result<()> {
+    (major, minor): (u32, u32),
+    data: &[u8],
+) -> io::Result<()> {
     let too_big = || io::Error::new(io::ErrorKind::FileTooLarge, format!("{path} in a cpio"));
-    let size = u32::try_from(node.data.len()).map_err(|_| too_big())?;
+    let size = u32::try_from(data.len()).map_err(|_| too_big())?;
     let name_size = path.len() as u32 + 1;
-    let (major, minor) = node.device;
     // In order: inode, mode, uid, gid, links, mtime, size, device the file is on
     // (2), device the file is (2), size of the name, checksum (not in newc).
-    let links = if node.mode & TYPE == DIRECTORY { 2 } else { 1 };
+    let links = if mode & TYPE == DIRECTORY { 2 } else { 1 };
     let fields = [
-        inode, node.mode, 0, 0, links, 0, size, 0, 0, major, minor, name_size, 0,
+        inode, mode, 0, 0, links, 0, size, 0, 0, major, minor, name_size, 0,
     ];
     let mut header = String::from("070701");
     for field in fields {
@@ -98,8 +67,8 @@ fn write_entry(out: &mut impl Write, inode: u32, path: &str, node: &Node) -> io:
     header.push('\0');
     out.write_all(header.as_bytes())?;
     out.write_all(padding(header.len()))?;
-    out.write_all(&node.data)?;
-    out.write_all(padding(node.data.len()))
+    out.write_all(data)?;
+    out.write_all(padding(data.len()))
 }
 
 /// Zeros that bring something of `len` bytes to a multiple of four.
@@ -113,7 +82,7 @@ mod tests {
 
     fn archive(tree: &Tree) -> Vec<u8> {
         let mut bytes = Vec::new();
-        tree.write(&mut bytes).unwrap();
+        write(tree, &mut bytes).unwrap();
         bytes
     }
 

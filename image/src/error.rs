@@ -105,6 +105,54 @@ pub enum Error {
         package: String,
     },
 
+    /// None of the host's package sources is Debian's archive.
+    #[error(
+        "this image is made from Debian's archive, which is not among the package sources of this host \
+         ('apt-get indextargets' lists them){}. Add it to them, or check the network",
+        but(detail)
+    )]
+    NoArchive {
+        /// What apt said when it fetched package lists, if anything.
+        detail: String,
+    },
+
+    /// Debian's archive, as the host's sources have it, has no such suite.
+    #[error("there is no suite '{suite}' at the host's source of Debian's archive: {detail}")]
+    UnknownSuite {
+        /// The suite.
+        suite: String,
+        /// What apt said.
+        detail: String,
+    },
+
+    /// An option of a build cannot be met.
+    #[error("image '{image}': {problem}")]
+    Option {
+        /// The image.
+        image: String,
+        /// What is wrong, and what would be right.
+        problem: String,
+    },
+
+    /// The files of the image are more than its disk can hold.
+    #[error(
+        "the files of image '{image}' do not fit on a disk of {} MB. Build it with a larger one: \
+         lodger image build {image} --size SIZE", size / 1_000_000
+    )]
+    DiskTooSmall {
+        /// The image.
+        image: String,
+        /// Bytes of the disk.
+        size: u64,
+    },
+
+    /// The machine that installs the packages did not do it.
+    #[error("the packages could not be set up in a virtual machine: {detail}")]
+    Setup {
+        /// What it said last.
+        detail: String,
+    },
+
     /// A package could not be fetched.
     #[error(
         "cannot download package '{package}' into {}: {detail}. \
@@ -169,6 +217,14 @@ impl Error {
             },
             false => self,
         }
+    }
+}
+
+/// The detail as a clause, if there is one.
+fn but(detail: &str) -> String {
+    match detail {
+        "" => String::new(),
+        detail => format!(": {detail}"),
     }
 }
 

@@ -20,15 +20,27 @@
 //! (an OCI registry, a disk image) are not here yet.
 
 mod apt;
+mod archive;
 mod cache;
 mod cpio;
+mod deb;
+mod debian;
+mod dpkg;
 mod error;
+mod ext4;
+mod guest;
+mod kernel;
 mod manifest;
 mod mini;
 mod modules;
 mod progress;
+mod settings;
+mod sources;
+mod tool;
+mod tree;
 
 pub use apt::PackageTools;
-pub use cache::{Cache, DEFAULT_IMAGE, Image, ImageInfo, ImageState};
+pub use cache::{BuildOptions, Cache, DEFAULT_IMAGE, Image, ImageInfo, ImageState};
 pub use error::{BUILD_SPACE, Error, Result};
+pub use guest::{Guest, GuestJob};
 pub use progress::Progress;

@@ -6,8 +6,11 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -25,6 +28,9 @@ pub(crate) struct Manifest {
     format: u32,
     pub(crate) kernel: Part,
     pub(crate) initrd: Part,
+    /// The root disk, if the image has one. Its checksum is that of [`sha256_of_disk`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) disk: Option<Part>,
     /// The kernel command line that suits the image.
     pub(crate) append: String,
     /// The kernel's release, as `uname -r` says it.
@@ -49,6 +55,7 @@ pub(crate) struct Contents {
     /// File names in that directory.
     pub(crate) kernel: &'static str,
     pub(crate) initrd: &'static str,
+    pub(crate) disk: Option<&'static str>,
     pub(crate) append: &'static str,
     pub(crate) kernel_release: String,
     pub(crate) packages: BTreeMap<String, String>,
@@ -60,8 +67,12 @@ impl Manifest {
     pub(crate) fn create(dir: &Path, contents: Contents) -> Result<Manifest> {
         let manifest = Manifest {
             format: FORMAT,
-            kernel: Part::measure(dir, contents.kernel)?,
-            initrd: Part::measure(dir, contents.initrd)?,
+            kernel: Part::measure(dir, contents.kernel, sha256_of)?,
+            initrd: Part::measure(dir, contents.initrd, sha256_of)?,
+            disk: contents
+                .disk
+                .map(|name| Part::measure(dir, name, sha256_of_disk))
+                .transpose()?,
             append: contents.append.to_owned(),
             kernel_release: contents.kernel_release,
             packages: contents.packages,
@@ -113,9 +124,14 @@ impl Manifest {
     /// Checks every byte of the files.
     pub(crate) fn check_contents(&self, dir: &Path) -> Result<(), String> {
         self.check_sizes(dir)?;
-        for Part { file, sha256, .. } in self.parts() {
+        for part in self.parts() {
+            let Part { file, sha256, .. } = part;
+            let hash = |file: File| match Some(part) == self.disk.as_ref() {
+                true => sha256_of_disk(file),
+                false => sha256_of(file),
+            };
             let found = File::open(dir.join(file))
-                .and_then(sha256_of)
+                .and_then(hash)
                 .map_err(|error| format!("{file}: {error}"))?;
             if found != *sha256 {
                 return Err(format!(
@@ -126,20 +142,26 @@ impl Manifest {
         Ok(())
     }
 
-    /// Bytes of all files together.
-    pub(crate) fn size(&self) -> u64 {
-        self.parts()
-            .iter()
-            .fold(0, |sum, part| sum.saturating_add(part.size))
+    /// Bytes that all files in `dir` together take of the host: a disk has holes.
+    pub(crate) fn size(&self, dir: &Path) -> u64 {
+        let taken = |part: &Part| {
+            let file = std::fs::metadata(dir.join(&part.file));
+            file.map_or(0, |file| (file.blocks() * 512).min(file.len()))
+        };
+        self.parts().map(taken).sum()
     }
 
-    fn parts(&self) -> [&Part; 2] {
-        [&self.kernel, &self.initrd]
+    fn parts(&self) -> impl Iterator<Item = &Part> {
+        [&self.kernel, &self.initrd].into_iter().chain(&self.disk)
     }
 }
 
 impl Part {
-    fn measure(dir: &Path, name: &str) -> Result<Part> {
+    fn measure(
+        dir: &Path,
+        name: &str,
+        hash: impl FnOnce(File) -> io::Result<String>,
+    ) -> Result<Part> {
         let path = dir.join(name);
         let file = File::open(&path).while_trying("open", &path)?;
         file.sync_all().while_trying("write", &path)?;
@@ -147,7 +169,7 @@ impl Part {
         Ok(Part {
             file: name.to_owned(),
             size,
-            sha256: sha256_of(file).while_trying("read", &path)?,
+            sha256: hash(file).while_trying("read", &path)?,
         })
     }
 }
@@ -169,11 +191,41 @@ pub(crate) fn sha256_of(mut input: impl Read) -> io::Result<String> {
             len => hash.update(&buffer[..len]),
         }
     }
-    Ok(hash
-        .finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect())
+    Ok(hexadecimal(hash))
+}
+
+/// The SHA-256 of what is not zero on a disk: of each such block of 4096 bytes, its offset (little-endian, 64 bits) and
+/// its contents. A disk of gigabytes that is nearly empty takes no longer than what is on it.
+pub(crate) fn sha256_of_disk(file: File) -> io::Result<String> {
+    const BLOCK: usize = 4096;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 256 * BLOCK];
+    let len = file.metadata()?.len();
+    let mut offset = 0;
+    while offset < len {
+        offset = match seek(&file, SeekFrom::Data(offset)) {
+            Ok(data) => data - data % BLOCK as u64,
+            Err(Errno::NXIO) => break,
+            // The file system does not know of holes.
+            Err(Errno::INVAL) => offset,
+            Err(error) => return Err(error.into()),
+        };
+        let piece = &mut buffer[..(len - offset).min(256 * BLOCK as u64) as usize];
+        file.read_exact_at(piece, offset)?;
+        for block in piece.chunks(BLOCK) {
+            if block.iter().any(|&byte| byte != 0) {
+                hash.update(offset.to_le_bytes());
+                hash.update(block);
+            }
+            offset += block.len() as u64;
+        }
+    }
+    Ok(hexadecimal(hash))
+}
+
+fn hexadecimal(hash: Sha256) -> String {
+    let bytes = hash.finalize();
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]
@@ -193,9 +245,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("vmlinuz"), b"kernel").unwrap();
         std::fs::write(dir.path().join("initrd"), b"initrd").unwrap();
+        let disk = File::create(dir.path().join("disk")).unwrap();
+        disk.write_all_at(b"disk", 5 << 20).unwrap();
+        disk.set_len(1 << 30).unwrap();
         let contents = Contents {
             kernel: "vmlinuz",
             initrd: "initrd",
+            disk: Some("disk"),
             append: "console=ttyS0",
             kernel_release: "6.1".into(),
             packages: [("linux".into(), "6.1-1".into())].into(),
@@ -209,7 +265,8 @@ mod tests {
         let (dir, manifest) = image();
         assert_eq!(Manifest::read(dir.path()), Ok(manifest.clone()));
         assert_eq!(manifest.check_contents(dir.path()), Ok(()));
-        assert_eq!(manifest.size(), 12);
+        let size = manifest.size(dir.path());
+        assert!((16..1 << 20).contains(&size), "{size}");
     }
 
     #[test]
@@ -228,6 +285,23 @@ mod tests {
             std::fs::write(&path, good.replacen(from, to, 1)).unwrap();
             let reason = Manifest::read(dir.path()).unwrap_err();
             assert!(reason.contains(expected), "{from} -> {to}: {reason}");
+        }
+    }
+
+    #[test]
+    fn damage_to_a_disk_is_seen_but_holes_may_be_filled() {
+        let (dir, manifest) = image();
+        let disk = File::options().write(true).open(dir.path().join("disk"));
+        let disk = disk.unwrap();
+        disk.write_all_at(&[0; 8192], 9 << 20).unwrap();
+        assert_eq!(manifest.check_contents(dir.path()), Ok(()));
+        for (offset, byte) in [(5 << 20, b'D'), (9 << 20, 1), ((1 << 30) - 1, 1)] {
+            disk.write_all_at(&[byte], offset).unwrap();
+            let reason = manifest.check_contents(dir.path()).unwrap_err();
+            assert!(reason.starts_with("disk has the SHA-256 "), "{reason}");
+            disk.write_all_at(if byte == 1 { b"\0" } else { b"d" }, offset)
+                .unwrap();
+            assert_eq!(manifest.check_contents(dir.path()), Ok(()));
         }
     }
 

@@ -8,21 +8,19 @@
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use crate::apt::{self, Apt, Deb};
+use crate::apt::{self, Apt, Archive};
 use crate::cache::Workshop;
-use crate::cpio::Tree;
-use crate::error::{Error, IoContext, Result};
+use crate::cpio;
+use crate::error::{IoContext, Result};
+use crate::kernel::{self, BUSYBOX_PACKAGE, Kernel};
 use crate::manifest::Contents;
-use crate::modules::{Modules, modules_dep};
+use crate::modules::modules_dep;
 use crate::progress::Progress;
+use crate::tree::Tree;
 
 pub(crate) const DESCRIPTION: &str = "Debian cloud kernel and busybox, in memory";
-
-/// Depends on the newest kernel package.
-const KERNEL_META_PACKAGE: &str = "linux-image-cloud-amd64";
-const BUSYBOX_PACKAGE: &str = "busybox-static";
 
 /// Drivers of the virtio devices that `init.sh` knows, and the file system of
 /// most disks. Those that a kernel has built in count as well.
@@ -54,7 +52,7 @@ pub(crate) fn build(
     dir: &Path,
     progress: &mut dyn Progress,
 ) -> Result<Contents> {
-    let debs = apt::fetch(workshop, progress, choose_packages)?;
+    let debs = apt::fetch(workshop, Archive::Host, progress, choose_packages)?;
 
     progress.step("unpacking the packages", None);
     let root = workshop.scratch.join("unpacked");
@@ -62,17 +60,13 @@ pub(crate) fn build(
         deb.unpack(&root, workshop)?;
     }
     let kernel = Kernel::find(&root, &debs)?;
-    let busybox = find(&root, "bin/busybox").ok_or_else(|| Error::Package {
-        package: title(&debs, BUSYBOX_PACKAGE),
-        reason: "it has no bin/busybox".to_owned(),
-    })?;
-    let busybox = fs::read(&busybox).while_trying("read", &busybox)?;
+    let busybox = kernel::busybox(&root, &debs)?;
 
     progress.step("packing the initial RAM disk", None);
     let tree = initrd(&kernel, busybox)?;
     let path = dir.join(INITRD_FILE);
     let mut file = BufWriter::new(File::create(&path).while_trying("create", &path)?);
-    tree.write(&mut file)
+    cpio::write(&tree, &mut file)
         .and_then(|()| file.flush())
         .while_trying("write", &path)?;
     let path = dir.join(KERNEL_FILE);
@@ -81,6 +75,7 @@ pub(crate) fn build(
     Ok(Contents {
         kernel: KERNEL_FILE,
         initrd: INITRD_FILE,
+        disk: None,
         append: APPEND,
         kernel_release: kernel.release,
         packages: debs
@@ -92,72 +87,9 @@ pub(crate) fn build(
 
 /// The names of all packages that the image is made of.
 fn choose_packages(apt: &Apt) -> Result<Vec<String>> {
-    let kernel = apt
-        .dependencies(KERNEL_META_PACKAGE)?
-        .into_iter()
-        .find(|name| name.starts_with("linux-image-"))
-        .ok_or_else(|| Error::Package {
-            package: KERNEL_META_PACKAGE.to_owned(),
-            reason: "it does not depend on a kernel".to_owned(),
-        })?;
-    // Newer releases split a kernel into several packages: linux-PART-RELEASE.
-    let release = kernel.trim_start_matches("linux-image");
-    let mut packages: Vec<String> = apt
-        .dependencies(&kernel)?
-        .into_iter()
-        .filter(|name| name.starts_with("linux-") && name.ends_with(release))
-        .collect();
-    packages.push(kernel);
+    let mut packages = kernel::packages(apt)?;
     packages.push(BUSYBOX_PACKAGE.to_owned());
     Ok(packages)
-}
-
-/// An unpacked kernel.
-struct Kernel {
-    image: PathBuf,
-    release: String,
-    modules: Modules,
-}
-
-impl Kernel {
-    fn find(root: &Path, debs: &[Deb]) -> Result<Kernel> {
-        let package = title(debs, "linux-image-");
-        let missing = |what: &str| Error::Package {
-            package: package.clone(),
-            reason: format!("it has no {what}"),
-        };
-        let all = find(root, "lib/modules").ok_or_else(|| missing("lib/modules"))?;
-        let release = fs::read_dir(&all)
-            .while_trying("read", &all)?
-            .find_map(|entry| entry.ok()?.file_name().into_string().ok())
-            .ok_or_else(|| missing("lib/modules/*"))?;
-        let modules = all.join(&release);
-        let image = [
-            root.join(format!("boot/vmlinuz-{release}")),
-            modules.join("vmlinuz"),
-        ]
-        .into_iter()
-        .find(|path| path.exists())
-        .ok_or_else(|| missing("vmlinuz"))?;
-        Ok(Kernel {
-            image,
-            modules: Modules::open(&modules, &package)?,
-            release,
-        })
-    }
-}
-
-/// A path below `root`, which newer releases have below `usr`.
-fn find(root: &Path, path: &str) -> Option<PathBuf> {
-    [root.join(path), root.join("usr").join(path)]
-        .into_iter()
-        .find(|path| path.exists())
-}
-
-fn title(debs: &[Deb], prefix: &str) -> String {
-    debs.iter()
-        .find(|deb| deb.package.starts_with(prefix))
-        .map_or(prefix.to_owned(), Deb::title)
 }
 
 fn initrd(kernel: &Kernel, busybox: Vec<u8>) -> Result<Tree> {
@@ -205,53 +137,6 @@ mod tests {
     use std::process::{Command, Stdio};
 
     use super::*;
-
-    /// A directory like the one that packages are unpacked into.
-    fn unpacked(files: &[(&str, &[u8])]) -> tempfile::TempDir {
-        let root = tempfile::tempdir().unwrap();
-        for (path, data) in files {
-            let path = root.path().join(path);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, data).unwrap();
-        }
-        root
-    }
-
-    #[test]
-    fn kernels_of_older_and_newer_releases_are_found() {
-        for (image, modules) in [
-            ("boot/vmlinuz-6.1-cloud", "lib/modules/6.1-cloud"),
-            ("boot/vmlinuz-6.1-cloud", "usr/lib/modules/6.1-cloud"),
-            (
-                "usr/lib/modules/6.1-cloud/vmlinuz",
-                "usr/lib/modules/6.1-cloud",
-            ),
-        ] {
-            let root = unpacked(&[
-                (image, b"kernel"),
-                (&format!("{modules}/modules.builtin"), b""),
-                (&format!("{modules}/kernel/a.ko"), b""),
-            ]);
-            let kernel = Kernel::find(root.path(), &[]).unwrap();
-            assert_eq!(kernel.release, "6.1-cloud");
-            assert_eq!(kernel.image, root.path().join(image));
-        }
-    }
-
-    #[test]
-    fn what_a_kernel_package_lacks_is_named() {
-        for (files, expected) in [
-            (&[][..], "it has no lib/modules."),
-            (
-                &[("lib/modules/6.1/modules.builtin", &b""[..])],
-                "it has no vmlinuz.",
-            ),
-        ] {
-            let root = unpacked(files);
-            let error = Kernel::find(root.path(), &[]).err().unwrap().to_string();
-            assert!(error.contains(expected), "{error}");
-        }
-    }
 
     #[test]
     fn scripts_are_shell_scripts() {

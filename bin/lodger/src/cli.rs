@@ -69,15 +69,37 @@ pub enum ImageCommand {
     List,
     /// Build an image from the host distribution's packages, anew if it is there
     Build {
-        /// The image
+        /// The image: mini, debian, or debian:SUITE
         #[arg(default_value = lodger_image::DEFAULT_IMAGE)]
         image: String,
+        #[command(flatten)]
+        options: ImageOptions,
     },
     /// Remove an image from the cache
     Remove {
         /// The image
         image: String,
     },
+}
+
+/// What a Debian image is to be like.
+#[derive(Debug, Args)]
+pub struct ImageOptions {
+    /// debian: the size of the root disk, which takes of the host what is on it [default: 10G]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub size: Option<u64>,
+    /// debian: a further package (repeatable)
+    #[arg(long = "package", value_name = "NAME")]
+    pub packages: Vec<String>,
+    /// debian: a user who is logged in at the console instead of root, and may use sudo
+    #[arg(long, value_name = "NAME")]
+    pub user: Option<String>,
+    /// debian: a file of SSH public keys that may log in as that user, else as root (repeatable)
+    #[arg(long = "ssh-key", value_name = "FILE")]
+    pub ssh_keys: Vec<PathBuf>,
+    /// What runs the virtual machine that sets up the packages
+    #[arg(long, value_enum, default_value_t = EngineChoice::Auto)]
+    pub engine: EngineChoice,
 }
 
 #[derive(Debug, Args)]
@@ -258,6 +280,7 @@ mod tests {
             "run -p 8080:80 --publish 127.0.0.1:5353:53/udp --net user",
             "image list",
             "image build",
+            "image build debian:trixie --size 4G --package git --package gcc --user me --ssh-key k",
             "image remove mini",
             "doctor",
         ] {

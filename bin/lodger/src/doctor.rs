@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use lodger_clock::LiveClock;
 use lodger_guest_memory::{GuestMemory, RamRange};
-use lodger_image::{BUILD_SPACE, Cache, ImageState, PackageTools};
+use lodger_image::{BUILD_SPACE, Cache, DEFAULT_IMAGE, ImageState, PackageTools};
 use lodger_vcpu::{Engine, VmConfig};
 use lodger_x86::CpuModel;
 use rustix::fs::{Access, access, statvfs};
@@ -263,7 +263,7 @@ fn images(report: &mut Report) {
     for image in cache.list() {
         let name = image.name;
         let topic = format!("image {name}");
-        let state = match (image.state, cache.verify(name)) {
+        let state = match (image.state, cache.verify(&name)) {
             (ImageState::Ready { .. }, Err(error)) => ImageState::Damaged(error.to_string()),
             (state, _) => state,
         };
@@ -272,7 +272,7 @@ fn images(report: &mut Report) {
                 report.add(Fine, &topic, format!("built, with Linux {kernel_release}"));
             }
             ImageState::Absent => {
-                missing = true;
+                missing |= name == DEFAULT_IMAGE;
                 let text =
                     format!("not built yet; `lodger run` or `lodger image build {name}` does it");
                 report.add(Note, &topic, text);

@@ -1,12 +1,14 @@
-//! `lodger image`, and the progress of a build.
+//! `lodger image`, the progress of a build, and the machines that a build runs.
 
-use std::process::ExitCode;
+use std::io::{self, BufRead, BufReader, Read};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
+use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use lodger_image::{Cache, ImageInfo, ImageState, Progress};
+use lodger_image::{BuildOptions, Cache, Guest, GuestJob, ImageInfo, ImageState, Progress};
 
-use crate::cli::ImageCommand;
+use crate::cli::{EngineChoice, ImageCommand, ImageOptions};
 use crate::messages;
 use crate::status::Error;
 
@@ -15,9 +17,11 @@ pub fn serve(command: &ImageCommand, quiet: bool) -> Result<ExitCode, Error> {
     let cache = Cache::open(None)?;
     match command {
         ImageCommand::List => list(&cache)?,
-        ImageCommand::Build { image } => {
+        ImageCommand::Build { image, options } => {
             let mut bar = Bar::new(quiet);
-            let built = cache.build(image, &mut bar)?;
+            let mut machine = Machine(options.engine);
+            let options = build_options(options)?;
+            let built = cache.build(image, &options, &mut bar, &mut machine)?;
             bar.finish();
             if !quiet {
                 let dir = built.kernel.parent().unwrap_or(cache.dir());
@@ -37,6 +41,79 @@ pub fn serve(command: &ImageCommand, quiet: bool) -> Result<ExitCode, Error> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn build_options(options: &ImageOptions) -> Result<BuildOptions, Error> {
+    let mut ssh_keys = Vec::new();
+    for path in &options.ssh_keys {
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| Error::Usage(format!("--ssh-key {}: {error}", path.display())))?;
+        let keys = text.lines().map(str::trim);
+        let keys = keys.filter(|line| !line.is_empty() && !line.starts_with('#'));
+        let before = ssh_keys.len();
+        ssh_keys.extend(keys.map(str::to_owned));
+        if text.contains("PRIVATE KEY") || ssh_keys.len() == before {
+            let path = path.display();
+            return Err(Error::Usage(format!(
+                "--ssh-key {path}: it holds no public key; the public half is in a file that ends in .pub"
+            )));
+        }
+    }
+    Ok(BuildOptions {
+        size: options.size,
+        packages: options.packages.clone(),
+        user: options.user.clone(),
+        ssh_keys,
+    })
+}
+
+/// Runs the machines of a build: `lodger run`, in processes of their own.
+pub struct Machine(pub EngineChoice);
+
+impl Guest for Machine {
+    fn run(&mut self, job: &GuestJob, line: &mut dyn FnMut(&str)) -> Result<(), String> {
+        let engine = self.0.to_possible_value();
+        let engine = engine.as_ref().map_or("auto", |value| value.get_name());
+        let failed = |error: io::Error| format!("cannot run a machine: {error}");
+        let mut command = Command::new(std::env::current_exe().map_err(failed)?);
+        command
+            .args(["--quiet", "run", "--no-reboot", "--engine", engine])
+            .args(["--append", &job.append])
+            .arg(format!("--memory={}K", job.memory >> 10))
+            .arg("--kernel")
+            .arg(&job.kernel)
+            .arg("--initrd")
+            .arg(&job.initrd);
+        for disk in &job.disks {
+            command.arg("--disk").arg(disk);
+        }
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(failed)?;
+        let stdout = BufReader::new(child.stdout.take().ok_or("no output")?);
+        for bytes in stdout.split(b'\n') {
+            let bytes = bytes.map_err(failed)?;
+            let text = String::from_utf8_lossy(&bytes);
+            let text = text.trim_end_matches('\r');
+            tracing::debug!("the machine of the build: {text}");
+            line(text);
+        }
+        let mut complaint = String::new();
+        if let Some(mut stderr) = child.stderr.take() {
+            stderr.read_to_string(&mut complaint).map_err(failed)?;
+        }
+        let status = child.wait().map_err(failed)?;
+        match status.success() {
+            true => Ok(()),
+            false => Err(match complaint.trim() {
+                "" => format!("the machine ended with {status}"),
+                complaint => complaint.to_owned(),
+            }),
+        }
+    }
 }
 
 fn list(cache: &Cache) -> Result<(), Error> {

@@ -16,7 +16,7 @@ use lodger_net::UserNetSpec;
 use lodger_virtio_devices::{ConsoleSpec, NetSpec, NetworkSpec};
 
 use crate::cli::{DeviceChoice, NetChoice, RunArgs};
-use crate::images::Bar;
+use crate::images::{self, Bar};
 use crate::registry::{self, Chosen};
 use crate::status::{self, Error};
 use crate::{host, messages};
@@ -134,7 +134,8 @@ fn boot_spec(args: &RunArgs, interactive: bool, quiet: bool) -> Result<BootSpec,
     }
     let name = args.image.as_deref().unwrap_or(lodger_image::DEFAULT_IMAGE);
     let mut bar = Bar::new(quiet);
-    let image = Cache::open(None)?.get_or_build(name, &mut bar)?;
+    let mut machine = images::Machine(args.engine);
+    let image = Cache::open(None)?.get_or_build(name, &mut bar, &mut machine)?;
     bar.finish();
     if args.devices.contains(&DeviceChoice::VirtioConsole) {
         append = format!("console=hvc0 {append}");

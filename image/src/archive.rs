@@ -1,0 +1,123 @@
+//! Reads tar archives into nodes of a [`Tree`](crate::tree::Tree).
+//!
+//! Formats: POSIX.1-2008, pax (extended attributes as `SCHILY.xattr.NAME`, which GNU
+//! tar writes), GNU. Limits: no block devices, pipes or sockets.
+
+use std::io::{self, Read};
+
+use tar::{Archive, Entry, EntryType};
+
+use crate::tree::{Kind, Node, Store};
+
+const XATTR: &str = "SCHILY.xattr.";
+
+/// Passes the files of an archive to `take`, with their paths as they are there but
+/// for `./` before and `/` after them. Contents go to `store`.
+pub(crate) fn read<R: Read>(
+    input: R,
+    store: &mut Store,
+    mut take: impl FnMut(&str, Node) -> io::Result<()>,
+) -> io::Result<()> {
+    for entry in Archive::new(input).entries()? {
+        let mut entry = entry?;
+        let path = text(entry.path_bytes().into_owned())?;
+        let path = path.strip_prefix("./").unwrap_or(&path);
+        let node = node(&mut entry, store)
+            .map_err(|error| io::Error::new(error.kind(), format!("{path}: {error}")))?;
+        take(path.trim_end_matches('/'), node)?;
+    }
+    Ok(())
+}
+
+fn node<R: Read>(entry: &mut Entry<R>, store: &mut Store) -> io::Result<Node> {
+    let mut xattrs = Vec::new();
+    if let Some(extensions) = entry.pax_extensions()? {
+        for extension in extensions {
+            let extension = extension?;
+            if let Some(name) = extension.key().ok().and_then(|key| key.strip_prefix(XATTR)) {
+                xattrs.push((name.to_owned(), extension.value_bytes().to_vec()));
+            }
+        }
+    }
+    let link = entry.link_name_bytes().map(|name| name.into_owned());
+    let link = text(link.unwrap_or_default())?;
+    let header = entry.header();
+    let kind = match header.entry_type() {
+        EntryType::Directory => Kind::Dir,
+        EntryType::Symlink => Kind::Symlink(link),
+        EntryType::Link => Kind::HardLink(link.strip_prefix("./").unwrap_or(&link).to_owned()),
+        EntryType::Char => Kind::CharDevice(
+            header.device_major()?.unwrap_or(0),
+            header.device_minor()?.unwrap_or(0),
+        ),
+        EntryType::Regular | EntryType::Continuous => Kind::File(store.keep(entry)?),
+        other => {
+            let problem = format!("a file of type {:?}", other.as_byte() as char);
+            return Err(io::Error::new(io::ErrorKind::Unsupported, problem));
+        }
+    };
+    let header = entry.header();
+    let number = |n: u64| u32::try_from(n).map_err(|_| invalid("an owner out of range"));
+    Ok(Node {
+        owner: (number(header.uid()?)?, number(header.gid()?)?),
+        mtime: header.mtime()?.try_into().unwrap_or(u32::MAX),
+        xattrs: xattrs.into_iter().collect(),
+        ..Node::new(header.mode()?, kind)
+    })
+}
+
+fn text(bytes: Vec<u8>) -> io::Result<String> {
+    String::from_utf8(bytes).map_err(|_| invalid("a name that is not UTF-8"))
+}
+
+fn invalid(problem: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, problem)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+    use crate::tree::Tree;
+
+    #[test]
+    fn what_gnu_tar_writes() {
+        let dir = tempfile::tempdir().unwrap();
+        let long = "long/".repeat(40);
+        let script = format!(
+            "umask 022; mkdir -p d {long} && echo hello >d/a && ln d/a d/b && ln -s ../x d/l && \
+             echo deep >{long}f && chmod 4711 d/a && \
+             tar --format=pax --sort=name --owner=1 --group=70000 --mtime=@1600000000 -cf tar ./d ./long"
+        );
+        let done = Command::new("sh")
+            .args(["-ec", &script])
+            .current_dir(dir.path())
+            .status();
+        assert!(done.unwrap().success());
+        let mut store = Store::create(&dir.path().join("store")).unwrap();
+        let mut tree = Tree::default();
+        let tar = std::fs::File::open(dir.path().join("tar")).unwrap();
+        read(tar, &mut store, |path, node| {
+            tree.insert(path, node);
+            Ok(())
+        })
+        .unwrap();
+        for (path, data) in [
+            ("d/a", "hello\n"),
+            ("d/b", "hello\n"),
+            (&format!("{long}f"), "deep\n"),
+        ] {
+            assert_eq!(
+                tree.content(path).unwrap().bytes().unwrap(),
+                data.as_bytes()
+            );
+        }
+        let a = tree.get("d/a").unwrap();
+        assert_eq!(
+            (a.permissions, a.owner, a.mtime),
+            (0o4711, (1, 70_000), 1_600_000_000)
+        );
+        assert!(matches!(&tree.get("d/l").unwrap().kind, Kind::Symlink(to) if to == "../x"));
+    }
+}
