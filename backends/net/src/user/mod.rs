@@ -8,17 +8,18 @@
 //! | `stack.rs` | what a packet is, and who takes it |
 //! | `tcp.rs`, `udp.rs`, `ping.rs` | connections, datagrams, ICMP echo |
 //! | `dhcp.rs`, `resolver.rs` | the card's address, the host's name servers |
-//! | `link.rs` | frames to the card |
+//! | `link.rs`, `fragments.rs` | frames to the card; packets that it sends in parts |
 //! | `poller.rs` | the wait for the host's sockets |
 //!
 //! Threads: one waits for the host's sockets; what the card sends is dealt with on the card's thread. A lock around everything
 //! makes them take turns. What has no room in the card stays in the host's sockets (TCP) or is lost (the rest).
 //!
-//! Limits: IPv4; fragments from the card are dropped; no ICMP errors to the card; the card has one address that is published.
+//! Limits: IPv4; no ICMP errors to the card; the card has one address that is published.
 
 pub mod addresses;
 mod dhcp;
 mod forward;
+mod fragments;
 mod link;
 mod ping;
 mod poller;
@@ -30,7 +31,6 @@ mod udp;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
@@ -63,9 +63,9 @@ pub struct UserNetSpec {
     /// The card reaches nobody: there are DHCP and published ports only.
     #[serde(default)]
     pub isolated: bool,
-    /// Where the host's name servers are written down; /etc/resolv.conf if nothing is said.
+    /// Name servers to ask instead of those in the host's /etc/resolv.conf.
     #[serde(default)]
-    pub resolv_conf: Option<PathBuf>,
+    pub name_servers: Vec<SocketAddr>,
 }
 
 /// Why a network could not be made.
@@ -101,8 +101,10 @@ impl UserNet {
     /// Makes the network and opens the published ports.
     pub fn start(spec: &UserNetSpec) -> Result<UserNet, NetError> {
         let poller = Arc::new(Poller::new()?);
-        let resolv_conf = spec.resolv_conf.clone();
-        let resolver = Resolver::of(resolv_conf.unwrap_or_else(|| "/etc/resolv.conf".into()));
+        let resolver = match &spec.name_servers[..] {
+            [] => Resolver::of_file("/etc/resolv.conf".into()),
+            servers => Resolver::of(servers.to_vec()),
+        };
         // Until the card sends something.
         let card = EthernetAddress::BROADCAST;
         let mut stack = Stack::new(Arc::clone(&poller), card, resolver, spec.isolated);

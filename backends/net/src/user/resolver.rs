@@ -7,30 +7,41 @@ use std::time::SystemTime;
 
 use super::addresses::DNS_PORT;
 
-/// Follows the file, which changes when the host moves to another network.
+/// Whom to ask.
 pub(crate) struct Resolver {
-    file: PathBuf,
+    /// Followed, because it changes when the host moves to another network.
+    file: Option<PathBuf>,
     read: Option<SystemTime>,
     servers: Vec<SocketAddr>,
 }
 
 impl Resolver {
-    /// The name servers that `file` has.
-    pub(crate) fn of(file: PathBuf) -> Resolver {
+    /// These name servers; there must be one.
+    pub(crate) fn of(servers: Vec<SocketAddr>) -> Resolver {
         Resolver {
-            file,
+            file: None,
             read: None,
-            servers: Vec::new(),
+            servers,
         }
     }
 
-    /// The server for a query that has been sent `attempt` times already; there is always one.
+    /// The name servers that `file` has.
+    pub(crate) fn of_file(file: PathBuf) -> Resolver {
+        Resolver {
+            file: Some(file),
+            ..Resolver::of(Vec::new())
+        }
+    }
+
+    /// The server for a query that has been sent `attempt` times already.
     pub(crate) fn server(&mut self, attempt: usize) -> SocketAddr {
-        let changed = fs::metadata(&self.file).and_then(|m| m.modified()).ok();
-        if self.servers.is_empty() || self.read != changed {
-            self.read = changed;
-            let text = fs::read_to_string(&self.file).unwrap_or_default();
-            self.servers = servers(&text);
+        if let Some(file) = &self.file {
+            let changed = fs::metadata(file).and_then(|m| m.modified()).ok();
+            if self.servers.is_empty() || self.read != changed {
+                self.read = changed;
+                let text = fs::read_to_string(file).unwrap_or_default();
+                self.servers = servers(&text);
+            }
         }
         self.servers[attempt % self.servers.len()]
     }
@@ -79,7 +90,7 @@ mod tests {
     fn a_changed_file_is_read_again() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "nameserver 192.0.2.1\nnameserver 192.0.2.2\n").unwrap();
-        let mut resolver = Resolver::of(file.path().into());
+        let mut resolver = Resolver::of_file(file.path().into());
         let two = SocketAddr::from(([192, 0, 2, 2], 53));
         assert_eq!([resolver.server(1), resolver.server(3)], [two, two]);
         std::fs::write(file.path(), "nameserver 192.0.2.3\n").unwrap();

@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddrV4;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::net::{SocketFlags, accept_with};
 use smoltcp::wire::{
@@ -14,6 +14,7 @@ use smoltcp::wire::{
 
 use super::addresses::{DNS, Destination, GATEWAY, GATEWAY_MAC, GUEST, destination, is_local};
 use super::dhcp;
+use super::fragments::Fragments;
 use super::link::Link;
 use super::ping::Ping;
 use super::poller::{Poller, Ready, token};
@@ -34,6 +35,7 @@ pub(crate) struct Stack {
     tcp: Tcp,
     udp: Udp,
     ping: Ping,
+    fragments: Fragments,
     /// There is no way out.
     isolated: bool,
     /// Published TCP ports: where the host listens, and the card's port.
@@ -53,6 +55,7 @@ impl Stack {
             tcp: Tcp::new(),
             udp: Udp::new(resolver),
             ping: Ping::new(),
+            fragments: Fragments::default(),
             isolated,
             listeners: Vec::new(),
         }
@@ -80,6 +83,7 @@ impl Stack {
         self.tcp.clear();
         self.udp.clear();
         self.ping.clear();
+        self.fragments.clear();
     }
 
     /// Takes a packet of the card's.
@@ -137,7 +141,7 @@ impl Stack {
             return;
         };
         let (from, to) = (packet.src_addr(), packet.dst_addr());
-        if packet.version() != 4 || packet.more_frags() || packet.frag_offset() != 0 {
+        if packet.version() != 4 {
             return;
         }
         // Before it has an address a card asks DHCP.
@@ -145,7 +149,19 @@ impl Stack {
         if !asks && !is_local(from) {
             return;
         }
-        match packet.next_header() {
+        let protocol = packet.next_header();
+        if packet.more_frags() || packet.frag_offset() != 0 {
+            let whole = match protocol {
+                // TCP cuts its data itself.
+                IpProtocol::Udp | IpProtocol::Icmp => self.fragments.add(&packet, Instant::now()),
+                _ => None,
+            };
+            if let Some(payload) = whole {
+                self.message(protocol, from, to, &payload);
+            }
+            return;
+        }
+        match protocol {
             IpProtocol::Tcp => {
                 let whole = &bytes[..packet.total_len().into()];
                 let Stack {
@@ -158,9 +174,14 @@ impl Stack {
                     Destination::Resolver => Some(udp.resolver()),
                 });
             }
-            IpProtocol::Udp => self.udp(from, to, packet.payload()),
+            _ => self.message(protocol, from, to, packet.payload()),
+        }
+    }
+
+    fn message(&mut self, kind: IpProtocol, from: Ipv4Address, to: Ipv4Address, message: &[u8]) {
+        match kind {
+            IpProtocol::Udp => self.udp(from, to, message),
             IpProtocol::Icmp if !self.isolated || is_local(to) => {
-                let message = packet.payload();
                 (self.ping).message(&mut self.link, &self.poller, (from, to), message);
             }
             _ => {}

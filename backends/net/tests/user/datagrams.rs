@@ -2,11 +2,14 @@
 
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 
+use std::sync::atomic::Ordering;
+
 use lodger_net::UserNetSpec;
 use smoltcp::iface::SocketHandle;
 use smoltcp::socket::dhcpv4::{Event, Socket as Dhcp};
+use smoltcp::socket::icmp;
 use smoltcp::socket::udp::{PacketBuffer, PacketMetadata, Socket};
-use smoltcp::wire::IpEndpoint;
+use smoltcp::wire::{Icmpv4Packet, IpEndpoint};
 
 use crate::card::{ALL, NONE, System};
 
@@ -106,4 +109,73 @@ fn published_ports_lead_to_the_card() {
         assert_eq!(answer, [n as u8, 100]);
         assert_eq!(from, system.wire.net.published()[0]);
     }
+}
+
+#[test]
+fn the_name_server_passes_queries_on_and_tries_the_next_one() {
+    let servers = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
+    let spec = UserNetSpec {
+        name_servers: servers.iter().map(|s| s.local_addr().unwrap()).collect(),
+        ..UserNetSpec::default()
+    };
+    let mut system = System::start(&spec, ALL);
+    let handle = socket(&mut system, 5000);
+    let dns = IpEndpoint::new(Ipv4Addr::new(10, 0, 2, 3).into(), 53);
+    let ask = |system: &mut System, query: &[u8], server: &UdpSocket| {
+        system
+            .socket::<Socket>(handle)
+            .send_slice(query, dns)
+            .unwrap();
+        let (asked, from) = host_receive(system, server);
+        assert_eq!(asked, query);
+        from
+    };
+    // The first server does not answer.
+    ask(&mut system, b"who?", &servers[0]);
+    let from = ask(&mut system, b"who?", &servers[1]);
+    servers[1].send_to(b"me", from).unwrap();
+    assert_eq!(receive(&mut system, handle), (b"me".to_vec(), dns));
+    // What seems to come from a name server must.
+    let from = ask(&mut system, b"who else?", &servers[0]);
+    servers[1].send_to(b"a lie", from).unwrap();
+    servers[0].send_to(b"the truth", from).unwrap();
+    assert_eq!(receive(&mut system, handle), (b"the truth".to_vec(), dns));
+}
+
+#[test]
+fn long_datagrams_travel_in_fragments() {
+    let mut system = System::start(&UserNetSpec::default(), ALL);
+    let host = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let port = host.local_addr().unwrap().port();
+    let handle = socket(&mut system, 5000);
+    let long: Vec<u8> = (0..9000).map(|i| (i / 7) as u8).collect();
+    system
+        .socket::<Socket>(handle)
+        .send_slice(&long, (HOST, port))
+        .unwrap();
+    let (got, from) = host_receive(&mut system, &host);
+    assert!(got == long, "{} bytes", got.len());
+    host.send_to(&long, from).unwrap();
+    let (got, _) = receive(&mut system, handle);
+    assert!(got == long, "{} bytes", got.len());
+    let longest = system.wire.inbox.longest.load(Ordering::Relaxed);
+    assert!(longest <= 1526, "{longest}");
+}
+
+#[test]
+fn the_gateway_answers_pings() {
+    let mut system = System::start(&UserNetSpec::default(), ALL);
+    let buffer = || icmp::PacketBuffer::new(vec![icmp::PacketMetadata::EMPTY; 4], vec![0; 4096]);
+    let mut socket = icmp::Socket::new(buffer(), buffer());
+    socket.bind(icmp::Endpoint::Ident(77)).unwrap();
+    let handle = system.sockets.add(socket);
+    let request = [8, 0, 0, 0, 0, 77, 0, 1, 1, 2, 3];
+    let mut bytes = request.to_vec();
+    Icmpv4Packet::new_unchecked(&mut bytes[..]).fill_checksum();
+    let socket = system.socket::<icmp::Socket>(handle);
+    socket.send_slice(&bytes, HOST.into()).unwrap();
+    system.run(|system| system.socket::<icmp::Socket>(handle).can_recv());
+    let (reply, from) = system.socket::<icmp::Socket>(handle).recv().unwrap();
+    assert_eq!((reply[0], &reply[4..]), (0, &request[4..]));
+    assert_eq!(from, HOST.into());
 }

@@ -281,3 +281,21 @@ fn an_isolated_card_reaches_nobody_but_can_be_reached() {
     let _client = TcpStream::connect(system.wire.net.published()[0]).unwrap();
     system.run(|system| system.socket::<Socket>(handle).may_send());
 }
+
+#[test]
+fn names_are_asked_for_over_connections_too() {
+    let (listener, port) = listener();
+    let spec = UserNetSpec {
+        name_servers: vec![([127, 0, 0, 1], port).into()],
+        ..UserNetSpec::default()
+    };
+    let mut system = System::start(&spec, ALL);
+    let host = serve(listener, b"answer".to_vec());
+    let handle = socket(&mut system);
+    let System { stack, sockets, .. } = &mut system;
+    let dns = (Ipv4Addr::new(10, 0, 2, 3), 53);
+    let socket = sockets.get_mut::<Socket>(handle);
+    socket.connect(stack.context(), dns, 40_000).unwrap();
+    assert_eq!(exchange(&mut system, handle, b"query"), b"answer");
+    assert_eq!(host.join().unwrap(), b"query");
+}
