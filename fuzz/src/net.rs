@@ -1,14 +1,17 @@
 //! The user-mode network, whose card sends what the input says.
 
+use std::net::Ipv6Addr;
 use std::sync::{Arc, Weak};
 
 use lodger_clock::InputPort;
+use lodger_net::addresses::{DNS6, GATEWAY6, ROUTER_LINK};
 use lodger_net::{NetBackend, Offloads, UserNet, UserNetSpec};
 
 /// Frames to a user-mode network without a way out.
 pub fn user_net(data: &[u8]) {
     let spec = UserNetSpec {
         isolated: true,
+        ipv6: Some(true),
         ..UserNetSpec::default()
     };
     let net = UserNet::start(&spec).expect("the host has threads");
@@ -87,7 +90,24 @@ pub fn samples() -> Vec<Vec<u8>> {
     dhcp.resize(8 + 236, 0);
     dhcp.extend([0x63, 0x82, 0x53, 0x63, 53, 1, 1, 55, 3, 1, 3, 6, 255]);
     dhcp.resize(8 + 260, 0);
+    let ip6 = |protocol: u8, to: [u8; 16], payload: &[u8]| {
+        let mut packet = ethernet([0x86, 0xdd]);
+        packet.extend([0x60, 0, 0, 0, 0, payload.len() as u8, protocol, 255]);
+        packet.extend(Ipv6Addr::new(0xfd4c, 0x6f64, 0x6765, 0, 0, 0, 0, 15).octets());
+        packet.extend(to);
+        packet.extend(payload);
+        packet
+    };
+    let (gateway, dns) = (GATEWAY6.octets(), DNS6.octets());
+    let solicits_router = [133, 0, 0, 0, 0, 0, 0, 0];
+    let mut solicits = vec![135, 0, 0, 0, 0, 0, 0, 0];
+    solicits.extend(gateway);
     let packets = [
+        ip6(58, ROUTER_LINK.octets(), &solicits_router),
+        ip6(58, gateway, &solicits),
+        ip6(58, gateway, &[128, 0, 0, 0, 0, 1, 0, 1, 1, 2, 3, 4]),
+        ip6(6, gateway, &syn),
+        ip6(17, dns, &query),
         arp,
         ip(6, [10, 0, 2, 2], &syn),
         ip(6, [192, 0, 2, 1], &syn),

@@ -1,6 +1,6 @@
 //! The addresses of the user-mode network: those that QEMU's has as well.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use smoltcp::wire::EthernetAddress;
 
@@ -14,6 +14,14 @@ pub const DNS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
 pub const PREFIX: u8 = 24;
 /// The network mask of `PREFIX`.
 pub const MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
+/// The IPv6 prefix, 64 bits: the card makes an address of it.
+pub const PREFIX6: Ipv6Addr = Ipv6Addr::new(0xfd4c, 0x6f64, 0x6765, 0, 0, 0, 0, 0);
+/// The gateway; as a destination, the host itself (its ::1).
+pub const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfd4c, 0x6f64, 0x6765, 0, 0, 0, 0, 2);
+/// The name server.
+pub const DNS6: Ipv6Addr = Ipv6Addr::new(0xfd4c, 0x6f64, 0x6765, 0, 0, 0, 0, 3);
+/// The gateway as a router on the link.
+pub const ROUTER_LINK: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2);
 /// The link-layer address of everything on the network that is not the card.
 pub const GATEWAY_MAC: EthernetAddress = EthernetAddress([0x52, 0x55, 0x0a, 0x00, 0x02, 0x02]);
 /// Bytes of an IP packet on the network.
@@ -33,26 +41,38 @@ pub(crate) enum Destination {
 
 /// Where a packet for `to` goes; none if nowhere.
 pub(crate) fn destination(to: SocketAddr) -> Option<Destination> {
-    let IpAddr::V4(ip) = to.ip() else { return None };
-    if ip == GATEWAY {
-        let host = SocketAddr::from((Ipv4Addr::LOCALHOST, to.port()));
-        return Some(Destination::Host(host));
-    }
-    if ip == DNS {
-        return (to.port() == DNS_PORT).then_some(Destination::Resolver);
-    }
-    let nowhere = ip.is_unspecified()
-        || ip.is_loopback()
-        || ip.is_multicast()
-        || ip.is_broadcast()
-        || is_local(ip)
-        || to.port() == 0;
-    (!nowhere).then_some(Destination::Host(to))
+    let host = match to.ip() {
+        _ if to.port() == 0 => return None,
+        IpAddr::V4(GATEWAY) => (Ipv4Addr::LOCALHOST, to.port()).into(),
+        IpAddr::V6(GATEWAY6) => (Ipv6Addr::LOCALHOST, to.port()).into(),
+        IpAddr::V4(DNS) | IpAddr::V6(DNS6) => {
+            return (to.port() == DNS_PORT).then_some(Destination::Resolver);
+        }
+        ip if is_local(ip) || !is_one_host(ip) => return None,
+        IpAddr::V4(ip) if ip.is_loopback() => return None,
+        IpAddr::V6(ip) if is_of_a_link(ip) || ip.to_ipv4().is_some() => return None,
+        _ => to,
+    };
+    Some(Destination::Host(host))
+}
+
+/// Whether the address can be that of one host.
+pub(crate) fn is_one_host(ip: IpAddr) -> bool {
+    let broadcast = matches!(ip, IpAddr::V4(ip) if ip.is_broadcast());
+    !(ip.is_unspecified() || ip.is_multicast() || broadcast)
 }
 
 /// Whether the address is on the network itself.
-pub(crate) fn is_local(ip: Ipv4Addr) -> bool {
-    ip.to_bits() & MASK.to_bits() == GATEWAY.to_bits() & MASK.to_bits()
+pub(crate) fn is_local(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip.to_bits() & MASK.to_bits() == GATEWAY.to_bits() & MASK.to_bits(),
+        IpAddr::V6(ip) => ip.to_bits() >> 64 == PREFIX6.to_bits() >> 64,
+    }
+}
+
+/// Whether the address means something on one link only.
+fn is_of_a_link(ip: Ipv6Addr) -> bool {
+    ip.segments()[0] & 0xffc0 == 0xfe80
 }
 
 #[cfg(test)]
@@ -73,6 +93,15 @@ mod tests {
             ("127.0.0.1:80", None),
             ("224.0.0.251:5353", None),
             ("255.255.255.255:9", None),
+            ("[fd4c:6f64:6765::2]:80", host("[::1]:80")),
+            ("[fd4c:6f64:6765::3]:53", Some(Destination::Resolver)),
+            ("[fd4c:6f64:6765::77]:80", None),
+            ("[2001:db8::1]:443", host("[2001:db8::1]:443")),
+            ("[::]:80", None),
+            ("[::1]:80", None),
+            ("[::ffff:127.0.0.1]:80", None),
+            ("[fe80::1]:80", None),
+            ("[ff02::1]:80", None),
         ];
         for (to, expected) in cases {
             assert_eq!(destination(to.parse().unwrap()), expected, "{to}");

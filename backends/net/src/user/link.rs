@@ -1,14 +1,15 @@
 //! The wire to the card: frames are built here, and wait while the card has no room.
 
 use std::collections::VecDeque;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Weak;
 
 use lodger_clock::InputPort;
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
     ETHERNET_HEADER_LEN, EthernetAddress, EthernetFrame, EthernetProtocol, EthernetRepr,
-    IPV4_HEADER_LEN, IpProtocol, Ipv4Packet, Ipv4Repr, UDP_HEADER_LEN, UdpPacket, UdpRepr,
+    IPV4_HEADER_LEN, IPV6_HEADER_LEN, IpProtocol, Ipv4Packet, Ipv4Repr, Ipv6Packet, Ipv6Repr,
+    UDP_HEADER_LEN, UdpPacket, UdpRepr,
 };
 
 use super::addresses::{GATEWAY_MAC, MTU};
@@ -91,7 +92,7 @@ impl Link {
         fill: impl FnOnce(&mut [u8]) -> R,
     ) -> R {
         let start = HEADER_LEN + ETHERNET_HEADER_LEN;
-        self.packet.clear();
+        // What was there is written over.
         self.packet.resize(start + len, 0);
         self.packet[..HEADER_LEN].copy_from_slice(&header.to_bytes());
         let repr = EthernetRepr {
@@ -152,8 +153,39 @@ impl Link {
         }
     }
 
-    /// Sends a UDP datagram over IPv4.
-    pub(crate) fn send_udp4(&mut self, source: SocketAddrV4, to: SocketAddrV4, data: &[u8]) {
+    /// Sends an IPv6 packet; one that is longer than the MTU is lost.
+    fn send_ipv6(
+        &mut self,
+        (source, to): (Ipv6Addr, Ipv6Addr),
+        protocol: IpProtocol,
+        hop_limit: u8,
+        payload: &[u8],
+    ) {
+        let repr = Ipv6Repr {
+            src_addr: source,
+            dst_addr: to,
+            next_header: protocol,
+            payload_len: payload.len(),
+            hop_limit,
+        };
+        let whole = IPV6_HEADER_LEN + payload.len();
+        if whole <= MTU {
+            let header = PacketHeader::default();
+            self.send(EthernetProtocol::Ipv6, header, whole, |bytes| {
+                let mut packet = Ipv6Packet::new_unchecked(bytes);
+                repr.emit(&mut packet);
+                packet.payload_mut().copy_from_slice(payload);
+            });
+        }
+    }
+
+    /// Sends an ICMPv6 message, with the hop limit that those of the link must have (RFC 4861).
+    pub(crate) fn send_icmp6(&mut self, source: Ipv6Addr, to: Ipv6Addr, message: &[u8]) {
+        self.send_ipv6((source, to), IpProtocol::Icmpv6, 255, message);
+    }
+
+    /// Sends a UDP datagram; both addresses are of the same kind.
+    pub(crate) fn send_udp(&mut self, source: SocketAddr, to: SocketAddr, data: &[u8]) {
         let repr = UdpRepr {
             src_port: source.port(),
             dst_port: to.port(),
@@ -161,13 +193,21 @@ impl Link {
         let mut bytes = vec![0; UDP_HEADER_LEN + data.len()];
         repr.emit(
             &mut UdpPacket::new_unchecked(&mut bytes[..]),
-            &(*source.ip()).into(),
-            &(*to.ip()).into(),
+            &source.ip().into(),
+            &to.ip().into(),
             data.len(),
             |payload| payload.copy_from_slice(data),
             &ChecksumCapabilities::default(),
         );
-        self.send_ipv4(*source.ip(), *to.ip(), IpProtocol::Udp, &bytes);
+        match (source.ip(), to.ip()) {
+            (IpAddr::V4(source), IpAddr::V4(to)) => {
+                self.send_ipv4(source, to, IpProtocol::Udp, &bytes);
+            }
+            (IpAddr::V6(source), IpAddr::V6(to)) => {
+                self.send_ipv6((source, to), IpProtocol::Udp, HOPS, &bytes);
+            }
+            _ => unreachable!("a datagram from {source} to {to}"),
+        }
     }
 }
 

@@ -7,20 +7,22 @@
 //! |---|---|
 //! | `stack.rs` | what a packet is, and who takes it |
 //! | `tcp.rs`, `udp.rs`, `ping.rs` | connections, datagrams, ICMP echo |
-//! | `dhcp.rs`, `resolver.rs` | the card's address, the host's name servers |
+//! | `dhcp.rs`, `neighbours.rs`, `resolver.rs` | the card's addresses, the host's name servers |
 //! | `link.rs`, `fragments.rs` | frames to the card; packets that it sends in parts |
 //! | `poller.rs` | the wait for the host's sockets |
 //!
 //! Threads: one waits for the host's sockets; what the card sends is dealt with on the card's thread. A lock around everything
 //! makes them take turns. What has no room in the card stays in the host's sockets (TCP) or is lost (the rest).
 //!
-//! Limits: IPv4; no ICMP errors to the card; the card has one address that is published.
+//! Limits: no ICMP errors to the card; published ports lead to its IPv4 address; IPv6 has no echo beyond the gateway, no fragments and no
+//! large segments to the card; whether there is IPv6 is found out at the start.
 
 pub mod addresses;
 mod dhcp;
 mod forward;
 mod fragments;
 mod link;
+mod neighbours;
 mod ping;
 mod poller;
 mod resolver;
@@ -63,6 +65,9 @@ pub struct UserNetSpec {
     /// The card reaches nobody: there are DHCP and published ports only.
     #[serde(default)]
     pub isolated: bool,
+    /// Whether there is IPv6; if nothing is said, when the host reaches others by it.
+    #[serde(default)]
+    pub ipv6: Option<bool>,
     /// Name servers to ask instead of those in the host's /etc/resolv.conf.
     #[serde(default)]
     pub name_servers: Vec<SocketAddr>,
@@ -105,9 +110,10 @@ impl UserNet {
             [] => Resolver::of_file("/etc/resolv.conf".into()),
             servers => Resolver::of(servers.to_vec()),
         };
+        let ipv6 = spec.ipv6.unwrap_or_else(neighbours::host_has_ipv6);
         // Until the card sends something.
         let card = EthernetAddress::BROADCAST;
-        let mut stack = Stack::new(Arc::clone(&poller), card, resolver, spec.isolated);
+        let mut stack = Stack::new(Arc::clone(&poller), card, resolver, spec.isolated, ipv6);
         let mut published = Vec::new();
         for forward in &spec.publish {
             let address = publish(&mut stack, forward).map_err(|source| NetError::Publish {

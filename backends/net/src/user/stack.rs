@@ -1,7 +1,7 @@
 //! The network's inside: what the card sends is sorted by protocol, what the host's sockets have is passed on.
 
 use std::io;
-use std::net::SocketAddrV4;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 use rustix::net::{SocketFlags, accept_with};
 use smoltcp::wire::{
     ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol, IpProtocol,
-    Ipv4Address, Ipv4Packet, UdpPacket,
+    Ipv4Address, Ipv4Packet, Ipv6Packet, UdpPacket,
 };
 
 use super::addresses::{DNS, Destination, GATEWAY, GATEWAY_MAC, GUEST, destination, is_local};
 use super::dhcp;
 use super::fragments::Fragments;
 use super::link::Link;
+use super::neighbours;
 use super::ping::Ping;
 use super::poller::{Poller, Ready, token};
 use super::resolver::Resolver;
@@ -38,6 +39,10 @@ pub(crate) struct Stack {
     fragments: Fragments,
     /// There is no way out.
     isolated: bool,
+    /// There is IPv6.
+    ipv6: bool,
+    /// When the card was told of the router last.
+    advertised: Instant,
     /// Published TCP ports: where the host listens, and the card's port.
     listeners: Vec<(OwnedFd, u16)>,
 }
@@ -48,6 +53,7 @@ impl Stack {
         card: EthernetAddress,
         resolver: Resolver,
         isolated: bool,
+        ipv6: bool,
     ) -> Stack {
         Stack {
             link: Link::new(card),
@@ -57,6 +63,8 @@ impl Stack {
             ping: Ping::new(),
             fragments: Fragments::default(),
             isolated,
+            ipv6,
+            advertised: Instant::now(),
             listeners: Vec::new(),
         }
     }
@@ -101,6 +109,7 @@ impl Stack {
         match frame.ethertype() {
             EthernetProtocol::Arp => self.arp(frame.payload()),
             EthernetProtocol::Ipv4 => self.ipv4(frame.payload()),
+            EthernetProtocol::Ipv6 if self.ipv6 => self.ipv6(frame.payload()),
             _ => {}
         }
     }
@@ -146,7 +155,7 @@ impl Stack {
         }
         // Before it has an address a card asks DHCP.
         let asks = from.is_unspecified() && to.is_broadcast();
-        if !asks && !is_local(from) {
+        if !asks && !is_local(from.into()) {
             return;
         }
         let protocol = packet.next_header();
@@ -162,47 +171,62 @@ impl Stack {
             return;
         }
         match protocol {
-            IpProtocol::Tcp => {
-                let whole = &bytes[..packet.total_len().into()];
-                let Stack {
-                    link, poller, tcp, ..
-                } = self;
-                let (udp, isolated) = (&mut self.udp, self.isolated);
-                tcp.packet(link, poller, whole, |peer| match destination(peer)? {
-                    _ if isolated => None,
-                    Destination::Host(host) => Some(host),
-                    Destination::Resolver => Some(udp.resolver()),
-                });
-            }
+            IpProtocol::Tcp => self.tcp(&bytes[..packet.total_len().into()]),
             _ => self.message(protocol, from, to, packet.payload()),
         }
     }
 
+    fn ipv6(&mut self, bytes: &[u8]) {
+        let Ok(packet) = Ipv6Packet::new_checked(bytes) else {
+            return;
+        };
+        let (from, to, payload) = (packet.src_addr(), packet.dst_addr(), packet.payload());
+        // Packets with further headers between are not understood.
+        match packet.next_header() {
+            IpProtocol::Icmpv6 => neighbours::message(&mut self.link, from, to, payload),
+            _ if !is_local(from.into()) => {}
+            IpProtocol::Tcp => self.tcp(&bytes[..packet.total_len()]),
+            IpProtocol::Udp => self.udp(from.into(), to.into(), payload),
+            _ => {}
+        }
+    }
+
+    fn tcp(&mut self, packet: &[u8]) {
+        let Stack {
+            link, poller, tcp, ..
+        } = self;
+        let (udp, isolated) = (&mut self.udp, self.isolated);
+        tcp.packet(link, poller, packet, |peer| match destination(peer)? {
+            _ if isolated => None,
+            Destination::Host(host) => Some(host),
+            Destination::Resolver => Some(udp.resolver()),
+        });
+    }
+
     fn message(&mut self, kind: IpProtocol, from: Ipv4Address, to: Ipv4Address, message: &[u8]) {
         match kind {
-            IpProtocol::Udp => self.udp(from, to, message),
-            IpProtocol::Icmp if !self.isolated || is_local(to) => {
+            IpProtocol::Udp => self.udp(from.into(), to.into(), message),
+            IpProtocol::Icmp if !self.isolated || is_local(to.into()) => {
                 (self.ping).message(&mut self.link, &self.poller, (from, to), message);
             }
             _ => {}
         }
     }
 
-    fn udp(&mut self, from: Ipv4Address, to: Ipv4Address, datagram: &[u8]) {
+    fn udp(&mut self, from: IpAddr, to: IpAddr, datagram: &[u8]) {
         let Ok(udp) = UdpPacket::new_checked(datagram) else {
             return;
         };
-        let data = udp.payload();
-        if udp.dst_port() == DHCP_SERVER_PORT && (to.is_broadcast() || to == GATEWAY) {
+        let (port, data) = (udp.dst_port(), udp.payload());
+        let to_server = to == Ipv4Address::BROADCAST || to == GATEWAY;
+        if port == DHCP_SERVER_PORT && to_server {
             return self.dhcp(data);
         }
-        let (from, to) = (
-            SocketAddrV4::new(from, udp.src_port()),
-            SocketAddrV4::new(to, udp.dst_port()),
-        );
-        if to.ip() == &GATEWAY && self.udp.answer(from, to.port(), data) || self.isolated {
+        let from = SocketAddr::new(from, udp.src_port());
+        if to == GATEWAY && self.udp.answer(from, port, data) || self.isolated {
             return;
         }
+        let to = SocketAddr::new(to, port);
         self.udp.datagram(&self.poller, from, to, data);
     }
 
@@ -212,9 +236,9 @@ impl Stack {
                 true => Ipv4Address::BROADCAST,
                 false => GUEST,
             };
-            let from = SocketAddrV4::new(GATEWAY, DHCP_SERVER_PORT);
-            let to = SocketAddrV4::new(to, DHCP_CLIENT_PORT);
-            self.link.send_udp4(from, to, &reply);
+            let from = (GATEWAY, DHCP_SERVER_PORT).into();
+            self.link
+                .send_udp(from, (to, DHCP_CLIENT_PORT).into(), &reply);
         }
     }
 
@@ -270,7 +294,14 @@ impl Stack {
     /// Does what is due; how long until there is more.
     pub(crate) fn tick(&mut self) -> Option<Duration> {
         let room = self.link.has_room();
-        let mut waits = [self.udp.expire(), self.ping.expire(), None];
+        let mut waits = [self.udp.expire(), self.ping.expire(), None, None];
+        if self.ipv6 && self.link.is_up() {
+            if self.advertised.elapsed() >= neighbours::ADVERTISE {
+                self.advertised = Instant::now();
+                neighbours::advertise(&mut self.link);
+            }
+            waits[3] = neighbours::ADVERTISE.checked_sub(self.advertised.elapsed());
+        }
         if room {
             waits[2] = self.tcp.due();
             if waits[2] == Some(Duration::ZERO) {

@@ -9,7 +9,7 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
 use std::time::Instant as HostInstant;
@@ -24,11 +24,11 @@ use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium, PacketMeta, RxT
 use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
 use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::{
-    ETHERNET_HEADER_LEN, EthernetProtocol, HardwareAddress, IPV4_HEADER_LEN, IpCidr, IpProtocol,
-    Ipv4Packet, TCP_HEADER_LEN, TcpPacket, checksum,
+    ETHERNET_HEADER_LEN, EthernetProtocol, HardwareAddress, IPV4_HEADER_LEN, IPV6_HEADER_LEN,
+    IpCidr, IpProtocol, IpVersion, Ipv4Packet, Ipv6Packet, TCP_HEADER_LEN, TcpPacket, checksum,
 };
 
-use super::addresses::{GATEWAY, GUEST, MTU};
+use super::addresses::{GATEWAY, GUEST, MTU, is_one_host};
 use super::link::Link;
 use super::poller::{Poller, Ready, Token, token};
 use crate::header::{Gso, PacketHeader};
@@ -41,8 +41,6 @@ const MOST_FLOWS: usize = 4096;
 const ANSWER_TIME: Duration = Duration::from_secs(30);
 /// The largest IP packet.
 const LARGEST: usize = 65535;
-/// Where the TCP header starts in a frame that the stack makes.
-const TCP_START: u16 = (ETHERNET_HEADER_LEN + IPV4_HEADER_LEN) as u16;
 /// Offset of the checksum in a TCP header.
 const CHECKSUM_OFFSET: u16 = 16;
 
@@ -347,8 +345,11 @@ impl Flow {
 
     /// Takes a packet of the card's. Only what must be answered at once is.
     fn take(&mut self, link: &mut Link, packet: &[u8], now: Instant) {
-        let packet = Some(packet);
-        let mut wire = Wire { link, packet };
+        let mut wire = Wire {
+            link,
+            ipv6: self.key.peer.is_ipv6(),
+            packet: Some(packet),
+        };
         (self.stack).poll_ingress_single(now, &mut wire, &mut self.sockets);
     }
 
@@ -397,8 +398,11 @@ impl Flow {
 
     /// Sends the card what it is to know.
     fn transmit(&mut self, link: &mut Link, now: Instant) {
-        let packet = None;
-        let mut wire = Wire { link, packet };
+        let mut wire = Wire {
+            link,
+            ipv6: self.key.peer.is_ipv6(),
+            packet: None,
+        };
         while self.stack.poll_egress(now, &mut wire, &mut self.sockets) != PollResult::None {}
         let socket = self.socket();
         if socket.state() == State::Established {
@@ -449,8 +453,12 @@ fn card_has_ended(socket: &Socket) -> bool {
 fn stack(link: &mut Link, address: SocketAddr, now: Instant) -> Interface {
     let mut config = Config::new(HardwareAddress::Ip);
     config.random_seed = RandomState::new().build_hasher().finish();
-    let packet = None;
-    let mut stack = Interface::new(config, &mut Wire { link, packet }, now);
+    let mut wire = Wire {
+        link,
+        ipv6: address.is_ipv6(),
+        packet: None,
+    };
+    let mut stack = Interface::new(config, &mut wire, now);
     stack.update_ip_addrs(|addresses| {
         // With this prefix everything is near. There is room for more than one.
         let _ = addresses.push(IpCidr::new(address.ip().into(), 0));
@@ -461,23 +469,37 @@ fn stack(link: &mut Link, address: SocketAddr, now: Instant) -> Interface {
 /// Answers a packet that belongs to no connection: with a reset, unless it is one.
 fn refuse(link: &mut Link, packet: &[u8], address: SocketAddr, now: Instant) {
     let mut stack = stack(link, address, now);
-    let packet = Some(packet);
+    let mut wire = Wire {
+        link,
+        ipv6: address.is_ipv6(),
+        packet: Some(packet),
+    };
     let mut nobody = SocketSet::new(Vec::new());
-    stack.poll_ingress_single(now, &mut Wire { link, packet }, &mut nobody);
+    stack.poll_ingress_single(now, &mut wire, &mut nobody);
 }
 
 /// The ends of a packet from the card, and whether it opens a connection.
 fn parse(packet: &[u8]) -> Option<(Key, bool)> {
-    let ip = Ipv4Packet::new_checked(packet).ok()?;
-    let tcp = TcpPacket::new_checked(ip.payload()).ok()?;
+    let (from, to, segment) = match IpVersion::of_packet(packet).ok()? {
+        IpVersion::Ipv4 => {
+            let ip = Ipv4Packet::new_checked(packet).ok()?;
+            let (from, to): (IpAddr, IpAddr) = (ip.src_addr().into(), ip.dst_addr().into());
+            (from, to, ip.payload())
+        }
+        IpVersion::Ipv6 => {
+            let ip = Ipv6Packet::new_checked(packet).ok()?;
+            let (from, to): (IpAddr, IpAddr) = (ip.src_addr().into(), ip.dst_addr().into());
+            (from, to, ip.payload())
+        }
+    };
+    let tcp = TcpPacket::new_checked(segment).ok()?;
     // The stack takes such an address, or port, as a mistake of ours.
-    let to = ip.dst_addr();
-    if to.is_unspecified() || to.is_multicast() || to.is_broadcast() || tcp.dst_port() == 0 {
+    if !is_one_host(to) || tcp.dst_port() == 0 {
         return None;
     }
     let key = Key {
-        card: SocketAddr::from((ip.src_addr(), tcp.src_port())),
-        peer: SocketAddr::from((ip.dst_addr(), tcp.dst_port())),
+        card: SocketAddr::new(from, tcp.src_port()),
+        peer: SocketAddr::new(to, tcp.dst_port()),
     };
     Some((key, tcp.syn() && !tcp.ack() && !tcp.rst()))
 }
@@ -501,6 +523,7 @@ fn connect(to: SocketAddr) -> io::Result<OwnedFd> {
 /// The link, as a stack uses it: with at most one packet from the card.
 struct Wire<'a> {
     link: &'a mut Link,
+    ipv6: bool,
     packet: Option<&'a [u8]>,
 }
 
@@ -508,7 +531,18 @@ struct FromCard<'a>(&'a [u8]);
 
 struct ToCard<'a> {
     link: &'a mut Link,
+    ipv6: bool,
     segment_len: u16,
+}
+
+impl Wire<'_> {
+    fn answer(&mut self) -> ToCard<'_> {
+        ToCard {
+            link: self.link,
+            ipv6: self.ipv6,
+            segment_len: 0,
+        }
+    }
 }
 
 impl Device for Wire<'_> {
@@ -523,13 +557,11 @@ impl Device for Wire<'_> {
 
     fn receive(&mut self, _now: Instant) -> Option<(FromCard<'_>, ToCard<'_>)> {
         let packet = FromCard(self.packet.take()?);
-        let (link, segment_len) = (&mut *self.link, 0);
-        Some((packet, ToCard { link, segment_len }))
+        Some((packet, self.answer()))
     }
 
     fn transmit(&mut self, _now: Instant) -> Option<ToCard<'_>> {
-        let (link, segment_len) = (&mut *self.link, 0);
-        link.has_room().then_some(ToCard { link, segment_len })
+        self.link.has_room().then(|| self.answer())
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
@@ -558,26 +590,35 @@ impl RxToken for FromCard<'_> {
 
 impl TxToken for ToCard<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
-        let mut header = PacketHeader::default();
         let checksum = self.link.offloads().checksum;
+        let ipv6 = self.ipv6;
+        let kind = match ipv6 {
+            true => EthernetProtocol::Ipv6,
+            false => EthernetProtocol::Ipv4,
+        };
+        let ip_len = match ipv6 {
+            true => IPV6_HEADER_LEN,
+            false => IPV4_HEADER_LEN,
+        };
+        let start = (ETHERNET_HEADER_LEN + ip_len) as u16;
+        let mut header = PacketHeader::default();
         if checksum {
             header.needs_checksum = true;
-            header.checksum_start = TCP_START;
+            header.checksum_start = start;
             header.checksum_offset = CHECKSUM_OFFSET;
         }
         if self.segment_len > 0 {
             header.gso = Gso::Tcp4;
             header.segment_len = self.segment_len;
-            header.headers_len = TCP_START + TCP_HEADER_LEN as u16;
+            header.headers_len = start + TCP_HEADER_LEN as u16;
         }
-        self.link
-            .send(EthernetProtocol::Ipv4, header, len, |bytes| {
-                let result = f(bytes);
-                if checksum {
-                    begin_checksum(bytes);
-                }
-                result
-            })
+        self.link.send(kind, header, len, |bytes| {
+            let result = f(bytes);
+            if checksum {
+                begin_checksum(bytes, ipv6);
+            }
+            result
+        })
     }
 
     fn set_meta(&mut self, meta: PacketMeta) {
@@ -586,11 +627,22 @@ impl TxToken for ToCard<'_> {
 }
 
 /// Puts the sum of the pseudo-header where the checksum will be.
-fn begin_checksum(packet: &mut [u8]) {
-    let mut ip = Ipv4Packet::new_unchecked(packet);
-    let (source, to) = (ip.src_addr(), ip.dst_addr());
-    let payload = ip.payload_mut();
-    let len = payload.len() as u32;
-    let sum = checksum::pseudo_header_v4(&source, &to, IpProtocol::Tcp, len);
-    TcpPacket::new_unchecked(payload).set_checksum(sum);
+fn begin_checksum(packet: &mut [u8], ipv6: bool) {
+    let (sum, segment) = match ipv6 {
+        true => {
+            let mut ip = Ipv6Packet::new_unchecked(packet);
+            let (from, to) = (ip.src_addr(), ip.dst_addr());
+            let len = ip.payload_mut().len() as u32;
+            let sum = checksum::pseudo_header_v6(&from, &to, IpProtocol::Tcp, len);
+            (sum, &mut ip.into_inner()[IPV6_HEADER_LEN..])
+        }
+        false => {
+            let mut ip = Ipv4Packet::new_unchecked(packet);
+            let (from, to) = (ip.src_addr(), ip.dst_addr());
+            let len = ip.payload_mut().len() as u32;
+            let sum = checksum::pseudo_header_v4(&from, &to, IpProtocol::Tcp, len);
+            (sum, &mut ip.into_inner()[IPV4_HEADER_LEN..])
+        }
+    };
+    TcpPacket::new_unchecked(segment).set_checksum(sum);
 }

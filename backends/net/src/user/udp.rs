@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{SocketAddr, SocketAddrV4};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recvfrom, sendto, socket_with,
 };
 
-use super::addresses::{DNS, DNS_PORT, Destination, GATEWAY, GUEST, destination};
+use super::addresses::{DNS, DNS_PORT, DNS6, Destination, GATEWAY, GATEWAY6, GUEST, destination};
 use super::link::Link;
 use super::poller::{Poller, Token, token};
 use super::resolver::Resolver;
@@ -32,9 +32,9 @@ const FIRST_PEER_PORT: u16 = 61_000;
 /// What a socket is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Via {
-    /// Anybody.
+    /// Anybody, with the card's kind of addresses.
     Net,
-    /// The host itself.
+    /// The host itself, with the card's kind of addresses.
     Gateway,
     /// The name server, over IPv6 or not.
     Resolver { ipv6: bool },
@@ -42,7 +42,7 @@ enum Via {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
-    card: SocketAddrV4,
+    card: SocketAddr,
     via: Via,
 }
 
@@ -119,8 +119,8 @@ impl Udp {
     pub(crate) fn datagram(
         &mut self,
         poller: &Poller,
-        card: SocketAddrV4,
-        to: SocketAddrV4,
+        card: SocketAddr,
+        to: SocketAddr,
         data: &[u8],
     ) {
         let sent = self.send(poller, card, to, data);
@@ -130,7 +130,7 @@ impl Udp {
     }
 
     /// Sends a datagram of a published port to whom that port of the gateway stands for, if it does.
-    pub(crate) fn answer(&self, card: SocketAddrV4, gateway_port: u16, data: &[u8]) -> bool {
+    pub(crate) fn answer(&self, card: SocketAddr, gateway_port: u16, data: &[u8]) -> bool {
         let from = |p: &&Published| p.card_port == card.port();
         let published = self.published.iter().filter(from);
         let found = published.flat_map(|p| p.peers.iter().map(move |peer| (p, peer)));
@@ -147,55 +147,63 @@ impl Udp {
     fn send(
         &mut self,
         poller: &Poller,
-        card: SocketAddrV4,
-        to: SocketAddrV4,
+        card: SocketAddr,
+        to: SocketAddr,
         data: &[u8],
     ) -> io::Result<()> {
-        let ipv4 = |via| (via, AddressFamily::INET);
-        let Some(destination) = destination(to.into()) else {
+        let Some(destination) = destination(to) else {
             return Err(io::ErrorKind::HostUnreachable.into());
         };
-        let asked = [false, true]
-            .map(|ipv6| Via::Resolver { ipv6 })
-            .iter()
-            .filter_map(|&via| self.tokens.get(&Key { card, via }))
-            .filter_map(|token| self.flows.get(token))
-            .map(|flow| flow.asked)
-            .max();
-        let (to, (via, family)) = match destination {
-            Destination::Host(host) if *to.ip() == GATEWAY => (host, ipv4(Via::Gateway)),
-            Destination::Host(host) => (host, ipv4(Via::Net)),
-            Destination::Resolver => match self.resolver.server(asked.unwrap_or(0)) {
-                server @ SocketAddr::V4(_) => (server, ipv4(Via::Resolver { ipv6: false })),
-                server => (server, (Via::Resolver { ipv6: true }, AddressFamily::INET6)),
-            },
+        let (via, host) = match destination {
+            Destination::Host(host) if host != to => (Via::Gateway, host),
+            Destination::Host(host) => (Via::Net, host),
+            Destination::Resolver => {
+                let server = self.resolver.server(self.asked(card));
+                let ipv6 = server.is_ipv6();
+                (Via::Resolver { ipv6 }, server)
+            }
         };
-        let flow = self.flow(poller, Key { card, via }, family)?;
+        let flow = self.flow(poller, Key { card, via }, host)?;
         flow.used = Instant::now();
         if destination == Destination::Resolver {
             flow.asked += 1;
-            flow.server = Some(to);
+            flow.server = Some(host);
         }
-        sendto(&flow.socket, data, SendFlags::empty(), &to)?;
+        sendto(&flow.socket, data, SendFlags::empty(), &host)?;
         Ok(())
     }
 
+    /// How many queries of a port of the card's no name server has answered.
+    fn asked(&self, card: SocketAddr) -> usize {
+        let token = |ipv6| {
+            let via = Via::Resolver { ipv6 };
+            self.tokens.get(&Key { card, via })
+        };
+        let flow = |ipv6| token(ipv6).and_then(|token| self.flows.get(token));
+        let asked = |ipv6| flow(ipv6).map_or(0, |flow| flow.asked);
+        asked(false) + asked(true)
+    }
+
     /// The socket of `key`, which is made if need be.
-    fn flow(&mut self, poller: &Poller, key: Key, family: AddressFamily) -> io::Result<&mut Flow> {
+    fn flow(&mut self, poller: &Poller, key: Key, host: SocketAddr) -> io::Result<&mut Flow> {
         let token = match self.tokens.get(&key) {
             Some(&token) => token,
-            None => self.add(poller, key, family)?,
+            None => self.add(poller, key, host)?,
         };
         let flow = self.flows.get_mut(&token);
         Ok(flow.expect("every key in `tokens` has its flow"))
     }
 
-    fn add(&mut self, poller: &Poller, key: Key, family: AddressFamily) -> io::Result<Token> {
+    fn add(&mut self, poller: &Poller, key: Key, host: SocketAddr) -> io::Result<Token> {
         if self.flows.len() >= MOST_FLOWS {
             let oldest = self.flows.iter().min_by_key(|(_, flow)| flow.used);
             let oldest = oldest.map(|(&token, _)| token);
             oldest.into_iter().for_each(|token| self.remove(token));
         }
+        let family = match host {
+            SocketAddr::V4(_) => AddressFamily::INET,
+            SocketAddr::V6(_) => AddressFamily::INET6,
+        };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(family, SocketType::DGRAM, flags, None)?;
         let token = self.next_token;
@@ -222,19 +230,20 @@ impl Udp {
             let Some((from, data)) = receive(&flow.socket, &mut self.buffer) else {
                 break;
             };
-            let from = match (flow.key.via, from) {
-                (Via::Resolver { .. }, from) if flow.server == Some(from) => {
+            let ipv6 = flow.key.card.is_ipv6();
+            let from = match flow.key.via {
+                Via::Resolver { .. } if flow.server == Some(from) => {
                     flow.asked = 0;
-                    SocketAddrV4::new(DNS, DNS_PORT)
+                    of_kind(ipv6, (DNS, DNS6), DNS_PORT)
                 }
-                (Via::Gateway, SocketAddr::V4(from)) if from.ip().is_loopback() => {
-                    SocketAddrV4::new(GATEWAY, from.port())
+                Via::Gateway if from.ip().is_loopback() => {
+                    of_kind(ipv6, (GATEWAY, GATEWAY6), from.port())
                 }
-                (Via::Net, SocketAddr::V4(from)) => from,
+                Via::Net => from,
                 _ => continue,
             };
             flow.used = Instant::now();
-            link.send_udp4(from, flow.key.card, data);
+            link.send_udp(from, flow.key.card, data);
         }
     }
 
@@ -243,13 +252,13 @@ impl Udp {
         let Some(published) = self.published.get_mut(number) else {
             return;
         };
-        let card = SocketAddrV4::new(GUEST, published.card_port);
+        let card = (GUEST, published.card_port).into();
         for _ in 0..BURST {
             let Some((peer, data)) = receive(&published.socket, &mut self.buffer) else {
                 break;
             };
             let port = gateway_port(&mut published.peers, &mut published.next, peer);
-            link.send_udp4(SocketAddrV4::new(GATEWAY, port), card, data);
+            link.send_udp((GATEWAY, port).into(), card, data);
         }
     }
 
@@ -268,6 +277,14 @@ impl Udp {
         if let Some(flow) = self.flows.remove(&token) {
             self.tokens.remove(&flow.key);
         }
+    }
+}
+
+/// One of the network's own addresses, of the kind that is wanted.
+fn of_kind(ipv6: bool, (ip4, ip6): (Ipv4Addr, Ipv6Addr), port: u16) -> SocketAddr {
+    match ipv6 {
+        true => (ip6, port).into(),
+        false => (ip4, port).into(),
     }
 }
 

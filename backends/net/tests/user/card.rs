@@ -1,7 +1,7 @@
 //! A card with a small system behind it: a `smoltcp` stack.
 
 use std::collections::VecDeque;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::{Duration, Instant as HostInstant};
@@ -146,7 +146,15 @@ impl System {
         };
         let mut config = Config::new(HardwareAddress::Ethernet(MAC));
         config.random_seed = 4711;
-        let stack = Interface::new(config, &mut wire, Instant::ZERO);
+        let ipv6 = spec.ipv6 == Some(true);
+        config.slaac = ipv6;
+        let mut stack = Interface::new(config, &mut wire, Instant::ZERO);
+        if ipv6 {
+            let own = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0xff, 0xfe00, 1);
+            stack.update_ip_addrs(|addresses| {
+                addresses.push(IpCidr::new(own.into(), 64)).unwrap();
+            });
+        }
         System {
             wire,
             stack,

@@ -15,7 +15,7 @@ use crate::card::{ALL, NONE, System};
 
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 
-fn socket(system: &mut System, port: u16) -> SocketHandle {
+pub fn socket(system: &mut System, port: u16) -> SocketHandle {
     let buffer = || PacketBuffer::new(vec![PacketMetadata::EMPTY; 8], vec![0; 65536]);
     let mut socket = Socket::new(buffer(), buffer());
     socket.bind(port).unwrap();
@@ -23,14 +23,14 @@ fn socket(system: &mut System, port: u16) -> SocketHandle {
 }
 
 /// The next datagram that arrives.
-fn receive(system: &mut System, handle: SocketHandle) -> (Vec<u8>, IpEndpoint) {
+pub fn receive(system: &mut System, handle: SocketHandle) -> (Vec<u8>, IpEndpoint) {
     system.run(|system| system.socket::<Socket>(handle).can_recv());
     let (data, from) = system.socket::<Socket>(handle).recv().unwrap();
     (data.to_vec(), from.endpoint)
 }
 
 /// The next datagram that arrives at a socket of the host's.
-fn host_receive(system: &mut System, host: &UdpSocket) -> (Vec<u8>, SocketAddr) {
+pub fn host_receive(system: &mut System, host: &UdpSocket) -> (Vec<u8>, SocketAddr) {
     host.set_nonblocking(true).unwrap();
     let mut buffer = vec![0; 65536];
     let mut got = None;

@@ -2,4 +2,5 @@
 
 mod card;
 mod datagrams;
+mod ipv6;
 mod streams;

@@ -19,7 +19,7 @@ fn listener() -> (TcpListener, u16) {
     (listener, port)
 }
 
-fn socket(system: &mut System) -> SocketHandle {
+pub fn socket(system: &mut System) -> SocketHandle {
     let buffer = || SocketBuffer::new(vec![0; 128 << 10]);
     system.sockets.add(Socket::new(buffer(), buffer()))
 }
@@ -36,14 +36,14 @@ fn connect(system: &mut System, port: u16, own_port: u16) -> SocketHandle {
 }
 
 /// Bytes that tell where they are.
-fn pattern(len: usize, seed: usize) -> Vec<u8> {
+pub fn pattern(len: usize, seed: usize) -> Vec<u8> {
     (0..len)
         .map(|i| ((i + seed).wrapping_mul(2_654_435_761) >> 13) as u8)
         .collect()
 }
 
 /// Sends `data`, ends its side, and returns all that comes back.
-fn exchange(system: &mut System, handle: SocketHandle, data: &[u8]) -> Vec<u8> {
+pub fn exchange(system: &mut System, handle: SocketHandle, data: &[u8]) -> Vec<u8> {
     let (mut sent, mut got, mut closed) = (0, Vec::new(), false);
     system.run(|system| {
         let socket = system.socket::<Socket>(handle);
@@ -65,7 +65,7 @@ fn exchange(system: &mut System, handle: SocketHandle, data: &[u8]) -> Vec<u8> {
 }
 
 /// A host that reads until the end, and then sends `answer`.
-fn serve(listener: TcpListener, answer: Vec<u8>) -> JoinHandle<Vec<u8>> {
+pub fn serve(listener: TcpListener, answer: Vec<u8>) -> JoinHandle<Vec<u8>> {
     std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
         let mut got = Vec::new();
