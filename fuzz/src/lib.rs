@@ -11,6 +11,7 @@
 //! Limits: inputs are not guided by coverage. A target can be handed to such a fuzzer as it is.
 
 mod loader;
+pub mod lockstep;
 mod net;
 pub mod runner;
 mod virtio;
