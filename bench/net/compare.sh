@@ -36,7 +36,7 @@ trap 'kill "$server" 2>/dev/null; rm -rf "$work"' EXIT
 gcc -O2 -static -o "$work/traffic" "$here/traffic.c"
 (cd "$work" && mkdir -p extra/bin && cp traffic extra/bin/ && cd extra && find . | cpio -o -H newc --quiet >../extra.cpio)
 cat "$initrd" "$work/extra.cpio" >"$work/initrd"
-"$work/traffic" serve "$port" >"$work/results" &
+"$work/traffic" serve "$port" >>"$work/results" &
 server=$!
 
 commands="traffic turns 10.0.2.2 $port $turns; traffic send 10.0.2.2 $port $bytes; traffic receive 10.0.2.2 $port $bytes"
