@@ -13,6 +13,7 @@ use lodger_host_sys::signals::{self, Signals};
 use lodger_image::Cache;
 use lodger_lifecycle::{Outcome, Policy, VmController, VmHandle};
 use lodger_net::UserNetSpec;
+use lodger_vcpu::Engine;
 use lodger_virtio_devices::{ConsoleSpec, NetSpec, NetworkSpec};
 
 use crate::cli::{DeviceChoice, NetChoice, RunArgs};
@@ -33,7 +34,7 @@ pub fn run(args: &RunArgs, quiet: bool) -> Result<ExitCode, Error> {
     }
     let chosen = registry::choose(args.engine)?;
     let interactive = lodger_char::is_interactive();
-    let spec = machine_spec(args, interactive, quiet)?;
+    let spec = machine_spec(args, &*chosen.engine, interactive, quiet)?;
     if let Some(available) = host::memory_available()
         && available < args.memory
     {
@@ -92,24 +93,33 @@ fn host(what: &'static str) -> impl Fn(io::Error) -> Error {
     move |source| Error::Host { what, source }
 }
 
-fn machine_spec(args: &RunArgs, interactive: bool, quiet: bool) -> Result<MachineSpec, Error> {
+fn machine_spec(
+    args: &RunArgs,
+    engine: &dyn Engine,
+    interactive: bool,
+    quiet: bool,
+) -> Result<MachineSpec, Error> {
     let has = |device| args.devices.contains(&device);
     let console = has(DeviceChoice::VirtioConsole).then(|| {
         let (columns, rows) = lodger_char::window_size().unwrap_or_default();
         ConsoleSpec { columns, rows }
     });
-    Ok(MachineSpec {
+    let mut spec = MachineSpec {
         memory: args.memory,
         vcpus: args.cpus,
         cpu: args.cpu.clone(),
-        boot: boot_spec(args, interactive, quiet)?,
+        boot: BootSpec::default(),
         virtio: VirtioSpec {
             disks: args.disks.iter().map(|disk| disk.0.clone()).collect(),
             console,
             nets: nets(args),
         },
         debug_exit: has(DeviceChoice::DebugExit),
-    })
+    };
+    // Before an image is built for it.
+    spec.check(engine)?;
+    spec.boot = boot_spec(args, interactive, quiet)?;
+    Ok(spec)
 }
 
 fn nets(args: &RunArgs) -> Vec<NetSpec> {

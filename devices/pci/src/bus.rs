@@ -13,7 +13,8 @@ use crate::decode::Decoder;
 use crate::intx::{IntxRouter, intx_line};
 
 /// Devices on a bus.
-const SLOTS: u8 = 32;
+/// Slots of a bus, of which the host bridge has the first.
+pub const SLOTS: u8 = 32;
 
 /// The address of a function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

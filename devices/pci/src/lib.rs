@@ -18,7 +18,7 @@ mod msix;
 
 use lodger_device_model::Device;
 
-pub use bus::{AddError, FunctionAddress, NoRoom, PciBus, Resources, bar_read, bar_write};
+pub use bus::{AddError, FunctionAddress, NoRoom, PciBus, Resources, SLOTS, bar_read, bar_write};
 pub use config::{
     BAR0, BarKind, CAPABILITY_MSIX, CAPABILITY_VENDOR, COMMAND, COMMAND_BUS_MASTER,
     COMMAND_INTX_DISABLE, COMMAND_IO, COMMAND_MEMORY, CONFIG_SIZE, ConfigSpace, INTERRUPT_LINE,

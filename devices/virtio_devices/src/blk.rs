@@ -99,6 +99,12 @@ impl BlkSpec {
         }
     }
 
+    /// Whether the image can be opened now.
+    pub fn check(&self) -> Result<(), BlkError> {
+        RawFile::open(&self.path, self.read_only)?;
+        Ok(())
+    }
+
     /// Opens the image and makes the device.
     pub fn build(&self, name: &str, wiring: &Wiring) -> Result<Arc<VirtioPci>, BlkError> {
         let backend = Arc::new(RawFile::open(&self.path, self.read_only)?);

@@ -90,15 +90,7 @@ pub enum BuildError {
 impl Machine {
     /// Builds the machine. Its state is undefined until the first [`Machine::power_on`] or [`Machine::restore`].
     pub fn build(spec: &MachineSpec, host: Host) -> Result<Machine, BuildError> {
-        spec.check_memory()?;
-        let max = host.engine.probe()?.max_vcpus;
-        if !(1..=max).contains(&spec.vcpus) {
-            return Err(BuildError::Spec(SpecError::Vcpus {
-                vcpus: spec.vcpus,
-                engine: host.engine.name(),
-                max,
-            }));
-        }
+        spec.check_hardware(host.engine)?;
         let model = CpuModel::named(&spec.cpu, spec.vcpus, &host.features, host.tsc_khz)?;
         let model = Arc::new(model);
         let memory = GuestMemory::new(&map::ram(spec.memory))?;

@@ -2,9 +2,14 @@
 
 use std::path::PathBuf;
 
+use lodger_pci::SLOTS;
+use lodger_vcpu::Engine;
 use lodger_virtio_devices::{BlkSpec, ConsoleSpec, NetSpec};
+use lodger_x86::CpuModel;
+use lodger_x86::cpu_model::UnknownModel;
 use serde::{Deserialize, Serialize};
 
+use crate::build::BuildError;
 use crate::map;
 
 /// A PC.
@@ -28,7 +33,7 @@ pub struct MachineSpec {
 }
 
 /// What a machine boots.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BootSpec {
     /// The kernel; its format is found from the file.
@@ -76,15 +81,57 @@ pub enum SpecError {
         /// How many it runs.
         max: u32,
     },
+    /// More disks, cards and the like than slots.
+    #[error(
+        "a machine cannot have {devices} disks, network cards and other devices: it has room for {max}"
+    )]
+    Devices {
+        /// How many.
+        devices: usize,
+        /// How many there is room for.
+        max: usize,
+    },
 }
 
 impl MachineSpec {
-    /// Whether the memory can be laid out.
-    pub(crate) fn check_memory(&self) -> Result<(), SpecError> {
+    /// Whether the machine can be built on `engine`, as far as can be told without building it, and whatever it boots: for
+    /// those who have to make that first.
+    pub fn check(&self, engine: &dyn Engine) -> Result<(), BuildError> {
+        self.check_hardware(engine)?;
+        for disk in &self.virtio.disks {
+            disk.check()?;
+        }
+        Ok(())
+    }
+
+    /// The same, without a look at files.
+    pub(crate) fn check_hardware(&self, engine: &dyn Engine) -> Result<(), BuildError> {
         let legal = (map::RAM_MIN..=map::RAM_MAX).contains(&self.memory);
-        match legal && self.memory.is_multiple_of(4096) {
-            true => Ok(()),
-            false => Err(SpecError::Memory(self.memory)),
+        if !legal || !self.memory.is_multiple_of(4096) {
+            return Err(SpecError::Memory(self.memory).into());
+        }
+        let max = engine.probe()?.max_vcpus;
+        if !(1..=max).contains(&self.vcpus) {
+            return Err(BuildError::Spec(SpecError::Vcpus {
+                vcpus: self.vcpus,
+                engine: engine.name(),
+                max,
+            }));
+        }
+        if !CpuModel::NAMES.contains(&self.cpu.as_str()) {
+            return Err(UnknownModel(self.cpu.clone()).into());
+        }
+        let VirtioSpec {
+            disks,
+            console,
+            nets,
+        } = &self.virtio;
+        // One is the source of entropy.
+        let devices = disks.len() + console.iter().len() + nets.len() + 1;
+        let max = usize::from(SLOTS) - 1;
+        match devices > max {
+            true => Err(SpecError::Devices { devices, max }.into()),
+            false => Ok(()),
         }
     }
 }

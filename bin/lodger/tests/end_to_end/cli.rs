@@ -2,6 +2,8 @@
 //!
 //! The guests are a few bytes of machine code behind a Multiboot header.
 
+use std::process::Command;
+
 use crate::process::{Finished, Lodger, lodger};
 use tempfile::NamedTempFile;
 
@@ -168,6 +170,31 @@ fn wrong_arguments() {
         let stderr = &finished.stderr;
         assert!(stderr.contains(says), "{arguments:?}: {stderr}");
         assert_eq!(finished.stdout, b"", "{arguments:?}");
+    }
+}
+
+/// Wrong arguments are found before an image is built for them.
+#[test]
+fn wrong_arguments_cost_no_image() {
+    let cases: [(&[&str], i32, &str); 4] = [
+        (&["--cpus", "5000"], 2, "vCPUs"),
+        (&["--memory", "1K"], 2, "memory"),
+        (&["--disk", "/dev/null,ro"], 1, "/dev/null"),
+        (&["--disk", "/no/such/disk"], 1, "/no/such/disk"),
+    ];
+    for (arguments, status, says) in cases {
+        let cache = tempfile::tempdir().expect("a folder");
+        let finished = Command::new(env!("CARGO_BIN_EXE_lodger"))
+            .args(["run", "--engine", "interp"])
+            .args(arguments)
+            .env("XDG_CACHE_HOME", cache.path())
+            .output()
+            .expect("lodger runs");
+        let stderr = String::from_utf8_lossy(&finished.stderr);
+        assert_eq!(finished.status.code(), Some(status), "{stderr}");
+        assert!(stderr.contains(says), "{arguments:?}: {stderr}");
+        let made = cache.path().read_dir().expect("a folder").count();
+        assert_eq!(made, 0, "{arguments:?}: {stderr}");
     }
 }
 

@@ -2,11 +2,11 @@
 
 mod rig;
 
-use lodger_board::map;
+use lodger_board::{BootSpec, MachineSpec, map};
 use lodger_device_model::{MachineRequest, assert_round_trip};
 use lodger_vcpu::{Entry, Exit};
 
-use rig::{Event, Rig, rig};
+use rig::{Event, Recorder, Rig, files, rig, spec};
 
 /// xorshift64*.
 struct Random(u64);
@@ -126,6 +126,44 @@ fn another_machine_takes_the_whole_state() {
     long.push(("toaster0".into(), long[0].1.clone()));
     let error = other.machine.restore(&long).unwrap_err().to_string();
     assert!(error.contains("toaster0"), "{error}");
+}
+
+/// Wrong in every way that needs no machine to be found; what it boots does not matter yet.
+#[test]
+fn wrong_specs_are_found_before_anything_is_built() {
+    let files = files();
+    let right = MachineSpec {
+        boot: BootSpec::default(),
+        ..spec(&files)
+    };
+    let check = |change: &dyn Fn(&mut MachineSpec)| {
+        let mut spec = right.clone();
+        change(&mut spec);
+        let checked = spec.check(&Recorder::default());
+        checked.map_or_else(|error| error.to_string(), |()| "right".into())
+    };
+    let disk = &right.virtio.disks[1];
+    type Change<'a> = &'a dyn Fn(&mut MachineSpec);
+    let cases: [(Change, &str); 9] = [
+        (&|_| (), "right"),
+        (&|s| s.memory = 4096, "4096 bytes of memory"),
+        (&|s| s.memory += 1, "a multiple of 4096"),
+        (&|s| s.memory = !4095, "bytes of memory"),
+        (&|s| s.vcpus = 0, "0 vCPUs"),
+        (&|s| s.vcpus = 9, "the recorder engine runs 1 to 8"),
+        (&|s| s.cpu = "486".into(), "no CPU model '486'"),
+        (
+            &|s| s.virtio.disks[0].path = "/no/such/disk".into(),
+            "/no/such/disk",
+        ),
+        (&|s| s.virtio.disks = vec![disk.clone(); 29], "room for 31"),
+    ];
+    for (change, says) in cases {
+        let got = check(change);
+        assert!(got.contains(says), "{got:?} does not say {says:?}");
+    }
+    // As many as there is room for.
+    assert_eq!(check(&|s| s.virtio.disks = vec![disk.clone(); 28]), "right");
 }
 
 #[test]

@@ -39,7 +39,9 @@ impl Inputs {
     }
 }
 
-struct Recorder(Arc<Inputs>);
+/// An engine that notes what its VM is told.
+#[derive(Default)]
+pub struct Recorder(Arc<Inputs>);
 
 impl Engine for Recorder {
     fn name(&self) -> &'static str {
