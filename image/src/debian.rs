@@ -468,3 +468,6 @@ fn is_user_name(name: &str) -> bool {
         && name.bytes().all(letter)
         && !system.contains(&name)
 }
+
+#[cfg(test)]
+mod tests;

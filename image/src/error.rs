@@ -170,7 +170,7 @@ pub enum Error {
 
     /// The disk is full, or the user's share of it.
     #[error(
-        "no space is left in {} to build the image: a build takes {} MB, of which it keeps 20. \
+        "no space is left in {} to build the image: a build takes {} MB, of which it keeps 20 (debian: 1200 and 400). \
          Free some, or set XDG_CACHE_HOME to a directory on another disk", dir.display(), BUILD_SPACE / 1_000_000
     )]
     NoSpace {

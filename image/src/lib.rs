@@ -1,20 +1,27 @@
 //! Guest images, built from the host distribution's own packages.
 //!
 //! A [`Cache`] holds the images of one user, by default in `~/.cache/lodger`.
-//! An [`Image`] is what a machine boots: a kernel, an initial RAM disk and a
-//! command line. [`Cache::build`] makes one as an ordinary user: the host's own
-//! apt finds, fetches and authenticates the packages, this crate unpacks them
-//! and writes the initial RAM disk.
+//! An [`Image`] is what a machine boots: a kernel, an initial RAM disk, a
+//! command line, and perhaps a root disk. [`Cache::build`] makes one as an ordinary
+//! user: the host's own apt finds, fetches and authenticates the packages, this crate
+//! unpacks them and writes the disks, and a [`Guest`] of the caller's does what only root can.
 //!
 //! | file           | what lives there                                          |
 //! |----------------|-----------------------------------------------------------|
 //! | `cache.rs`     | the directory: look up, verify, build atomically, remove  |
 //! | `manifest.rs`  | `image.json`: what an image is made of, and its checksums |
-//! | `mini.rs`      | the recipe of the one image there is so far               |
-//! | `init.sh`      | what runs as PID 1 in it                                  |
-//! | `apt.rs`       | package lists and downloads, through the host's apt       |
-//! | `modules.rs`   | kernel modules: find them, and all that they depend on    |
-//! | `cpio.rs`      | the archive format that the kernel unpacks at boot        |
+//! | `copy.rs`      | copies of an image's disk                                 |
+//! | `mini.rs`      | the recipe of the image `mini`; `init.sh` is its PID 1    |
+//! | `debian.rs`    | the recipe of `debian`                                    |
+//! | `boot.sh`, `setup.sh` | PID 1 of its RAM disk, and of the machine that sets it up |
+//! | `settings.rs`  | how it is set up beyond what its packages do              |
+//! | `guest.rs`     | what a build asks of a virtual machine                    |
+//! | `apt.rs`, `sources.rs` | package lists and downloads, through the host's apt |
+//! | `deb.rs`, `dpkg.rs` | packages unpacked, and dpkg's database of them       |
+//! | `tool.rs`      | programs of the host                                      |
+//! | `kernel.rs`, `modules.rs` | the kernel, and its modules with what they need |
+//! | `tree.rs`      | files with owners and permissions, as data                |
+//! | `archive.rs`, `cpio.rs`, `ext4.rs` | a tree from a tar archive, as an initial RAM disk, as a disk |
 //!
 //! Limits: amd64 guests on Debian and its derivatives. Images by other means
 //! (an OCI registry, a disk image) are not here yet.
@@ -22,6 +29,7 @@
 mod apt;
 mod archive;
 mod cache;
+mod copy;
 mod cpio;
 mod deb;
 mod debian;

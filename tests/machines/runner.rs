@@ -97,10 +97,8 @@ impl Guest {
     fn spec(&self, limited: bool) -> MachineSpec {
         let kernel = Path::new(env!("OUT_DIR")).join(self.name);
         let disk = |path: &PathBuf| BlkSpec {
-            path: path.clone(),
-            read_only: false,
             serial: "guest-test".into(),
-            workers: 2,
+            ..BlkSpec::new(path, false)
         };
         MachineSpec {
             memory: 256 << 20,

@@ -4,10 +4,12 @@
 //! guest RAM has no slices, so whoever serves a guest copies through a bounded buffer of its own, and no unsafe code
 //! is needed here.
 //!
-//! Limits: [`RawFile`] is the only format; the size is fixed when it is opened; I/O is synchronous.
+//! Limits: [`RawFile`] is the only format, and [`Overlay`] the only copy on write; the size is fixed when it is opened; I/O is synchronous.
 
+mod overlay;
 mod raw;
 
+pub use overlay::Overlay;
 pub use raw::{OpenError, RawFile};
 
 use std::io;

@@ -147,6 +147,17 @@ impl RawFile {
         })
     }
 
+    /// A disk of `size` bytes, all zero, in a file that nobody else can open.
+    pub(crate) fn unnamed(file: File, size: u64) -> io::Result<RawFile> {
+        file.set_len(size)?;
+        Ok(RawFile {
+            file,
+            read_only: false,
+            file_len: size,
+            size,
+        })
+    }
+
     fn check(&self, offset: u64, len: u64) -> io::Result<()> {
         match offset.checked_add(len) {
             Some(end) if end <= self.size => Ok(()),

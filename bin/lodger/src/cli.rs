@@ -127,8 +127,13 @@ pub struct RunArgs {
     /// What runs the virtual CPUs
     #[arg(long, value_enum, default_value_t = EngineChoice::Auto)]
     pub engine: EngineChoice,
-    /// A raw disk image: /dev/vda, then /dev/vdb ...; `,ro` makes it read-only (repeatable)
-    #[arg(long = "disk", value_name = "FILE[,ro]")]
+    /// Keep the root disk of an image in this file, which is made the first time; without it, what
+    /// the guest changes is forgotten at the end
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd"])]
+    pub root: Option<PathBuf>,
+    /// A raw disk image, after the root disk if there is one: /dev/vda, then /dev/vdb ... (repeatable).
+    /// `,ro` makes it read-only; with `,temp` what is written to it is forgotten at the end
+    #[arg(long = "disk", value_name = "FILE[,ro|,temp]")]
     pub disks: Vec<Disk>,
     /// The network
     #[arg(long, value_name = "NETWORK", value_enum, default_value_t = NetChoice::User)]
@@ -186,13 +191,17 @@ impl FromStr for Disk {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Disk, String> {
-        let (path, read_only) = match text.strip_suffix(",ro") {
-            Some(path) => (path, true),
-            None => (text, false),
+        let (path, read_only, temporary) = match text.rsplit_once(',') {
+            Some((path, "ro")) => (path, true, false),
+            Some((path, "temp")) => (path, false, true),
+            _ => (text, false, false),
         };
         match path {
             "" => Err("the file is missing".into()),
-            path => Ok(Disk(BlkSpec::new(path, read_only))),
+            path => Ok(Disk(BlkSpec {
+                temporary,
+                ..BlkSpec::new(path, read_only)
+            })),
         }
     }
 }
@@ -257,9 +266,13 @@ mod tests {
 
     #[test]
     fn disks() {
-        let disk = |text: &str| text.parse::<Disk>().ok().map(|d| (d.0.path, d.0.read_only));
-        assert_eq!(disk("a.img"), Some(("a.img".into(), false)));
-        assert_eq!(disk("a,b.img,ro"), Some(("a,b.img".into(), true)));
+        let disk = |text: &str| {
+            let disk = text.parse::<Disk>().ok()?.0;
+            Some((disk.path, disk.read_only, disk.temporary))
+        };
+        assert_eq!(disk("a.img"), Some(("a.img".into(), false, false)));
+        assert_eq!(disk("a,b.img,ro"), Some(("a,b.img".into(), true, false)));
+        assert_eq!(disk("a.img,temp"), Some(("a.img".into(), false, true)));
         assert_eq!(disk(""), None);
         assert_eq!(disk(",ro"), None);
     }

@@ -77,7 +77,8 @@ impl Guest for Machine {
         let failed = |error: io::Error| format!("cannot run a machine: {error}");
         let mut command = Command::new(std::env::current_exe().map_err(failed)?);
         command
-            .args(["--quiet", "run", "--no-reboot", "--engine", engine])
+            .args(["--quiet", "run", "--no-reboot", "--net", "none"])
+            .args(["--engine", engine])
             .args(["--append", &job.append])
             .arg(format!("--memory={}K", job.memory >> 10))
             .arg("--kernel")

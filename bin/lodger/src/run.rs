@@ -1,6 +1,7 @@
 //! `lodger run`: from the arguments to a running VM, and from its end to the exit status.
 
 use std::io;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -10,11 +11,11 @@ use lodger_board::{Boot, BootKind, BootSpec, Host, Machine, MachineSpec, VirtioS
 use lodger_char::{Escape, Input, Notice, Output, RawMode, Room};
 use lodger_clock::{InputPort, LiveClock};
 use lodger_host_sys::signals::{self, Signals};
-use lodger_image::Cache;
+use lodger_image::{Cache, Image};
 use lodger_lifecycle::{Outcome, Policy, VmController, VmHandle};
 use lodger_net::UserNetSpec;
 use lodger_vcpu::Engine;
-use lodger_virtio_devices::{ConsoleSpec, NetSpec, NetworkSpec};
+use lodger_virtio_devices::{BlkSpec, ConsoleSpec, NetSpec, NetworkSpec};
 
 use crate::cli::{DeviceChoice, NetChoice, RunArgs};
 use crate::images::{self, Bar};
@@ -118,7 +119,9 @@ fn machine_spec(
     };
     // Before an image is built for it.
     spec.check(engine)?;
-    spec.boot = boot_spec(args, interactive, quiet)?;
+    let (boot, root) = boot_spec(args, interactive, quiet)?;
+    spec.boot = boot;
+    spec.virtio.disks.splice(0..0, root);
     Ok(spec)
 }
 
@@ -133,30 +136,62 @@ fn nets(args: &RunArgs) -> Vec<NetSpec> {
     }
 }
 
-fn boot_spec(args: &RunArgs, interactive: bool, quiet: bool) -> Result<BootSpec, Error> {
+/// What to boot, and the root disk of an image that has one.
+fn boot_spec(
+    args: &RunArgs,
+    interactive: bool,
+    quiet: bool,
+) -> Result<(BootSpec, Option<BlkSpec>), Error> {
     let mut append = args.append.clone().unwrap_or_default();
     if let Some(kernel) = &args.kernel {
-        return Ok(BootSpec {
+        let boot = BootSpec {
             kernel: kernel.clone(),
             initrd: args.initrd.clone(),
             append,
-        });
+        };
+        return Ok((boot, None));
     }
     let name = args.image.as_deref().unwrap_or(lodger_image::DEFAULT_IMAGE);
     let mut bar = Bar::new(quiet);
     let mut machine = images::Machine(args.engine);
     let image = Cache::open(None)?.get_or_build(name, &mut bar, &mut machine)?;
+    let root = root_disk(&image, args.root.as_deref(), name, &mut bar)?;
     bar.finish();
     if args.devices.contains(&DeviceChoice::VirtioConsole) {
         append = format!("console=hvc0 {append}");
     } else if interactive && let Some((columns, rows)) = lodger_char::window_size() {
         append = format!("lodger.size={rows}x{columns} {append}");
     }
-    Ok(BootSpec {
+    let boot = BootSpec {
         kernel: image.kernel,
         initrd: Some(image.initrd),
         append: format!("{} {append}", image.append).trim().to_owned(),
-    })
+    };
+    Ok((boot, root))
+}
+
+/// The root disk of a machine that runs an image: one that is forgotten at the end, or the one in the file `kept`, which
+/// is made the first time.
+fn root_disk(
+    image: &Image,
+    kept: Option<&Path>,
+    name: &str,
+    bar: &mut Bar,
+) -> Result<Option<BlkSpec>, Error> {
+    match (&image.disk, kept) {
+        (None, None) => Ok(None),
+        (None, Some(_)) => Err(Error::Usage(format!(
+            "--root: the image {name} has no root disk"
+        ))),
+        (Some(disk), None) => Ok(Some(BlkSpec {
+            temporary: true,
+            ..BlkSpec::new(disk, false)
+        })),
+        (Some(_), Some(kept)) => {
+            image.copy_disk(kept, bar)?;
+            Ok(Some(BlkSpec::new(kept, false)))
+        }
+    }
 }
 
 fn build(

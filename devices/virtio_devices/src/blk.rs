@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use lodger_block::{BlockBackend, OpenError, RawFile, SECTOR_SIZE};
+use lodger_block::{BlockBackend, OpenError, Overlay, RawFile, SECTOR_SIZE};
 use lodger_device_model::{Payload, RestoreError};
 use lodger_virtio::{Activation, Chain, Queue, VirtioDevice, VirtioPci, Wiring, read_config};
 use serde::{Deserialize, Serialize};
@@ -52,6 +52,9 @@ pub struct BlkSpec {
     /// The guest cannot write to it; other readers may share the image.
     #[serde(default)]
     pub read_only: bool,
+    /// The disk begins with the contents of the image, which is only read, and is forgotten at the end of the machine.
+    #[serde(default)]
+    pub temporary: bool,
     /// The serial number that the guest sees, at most 20 bytes.
     #[serde(default)]
     pub serial: String,
@@ -88,12 +91,18 @@ pub enum BlkError {
     },
 }
 
+/// Where what a guest writes to temporary disks goes: to a disk, as `/tmp` need not be.
+fn temporary_dir() -> PathBuf {
+    std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from)
+}
+
 impl BlkSpec {
     /// The disk at `path` with the defaults.
     pub fn new(path: impl Into<PathBuf>, read_only: bool) -> BlkSpec {
         BlkSpec {
             path: path.into(),
             read_only,
+            temporary: false,
             serial: String::new(),
             workers: two(),
         }
@@ -101,13 +110,16 @@ impl BlkSpec {
 
     /// Whether the image can be opened now.
     pub fn check(&self) -> Result<(), BlkError> {
-        RawFile::open(&self.path, self.read_only)?;
+        RawFile::open(&self.path, self.read_only || self.temporary)?;
         Ok(())
     }
 
     /// Opens the image and makes the device.
     pub fn build(&self, name: &str, wiring: &Wiring) -> Result<Arc<VirtioPci>, BlkError> {
-        let backend = Arc::new(RawFile::open(&self.path, self.read_only)?);
+        let backend: Arc<dyn BlockBackend> = match self.temporary {
+            false => Arc::new(RawFile::open(&self.path, self.read_only)?),
+            true => Arc::new(Overlay::open(&self.path, &temporary_dir())?),
+        };
         let blk = Blk::new(name, backend, &self.serial, self.workers)?;
         Ok(VirtioPci::new(name, blk, wiring))
     }
