@@ -170,8 +170,7 @@ fn failed(error: impl std::error::Error + Send + Sync + 'static) -> EngineError 
     }
 }
 
-/// A halted leader waits inside `run` for an interrupt, which can only come when it has left. It is kicked when it runs for long;
-/// if it was just slow it goes on.
+/// A halted leader waits inside `run` for an interrupt, which can only come when it has left. So it is kicked when it runs for long.
 fn watch_for_sleep(shared: &Arc<Shared>, leader: Arc<dyn Kick>) {
     let shared = Arc::downgrade(shared);
     std::thread::spawn(move || {

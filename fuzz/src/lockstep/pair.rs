@@ -6,7 +6,7 @@ use std::sync::Arc;
 use lodger_clock::{Clock, Nanos};
 use lodger_guest_memory::{GuestMemory, PAGE_SIZE};
 use lodger_vcpu::{Engine, EngineError, EngineVm, Entry, Exit, Vcpu, VmConfig};
-use lodger_x86::CpuState;
+use lodger_x86::{Activity, CpuState};
 
 /// Something that reaches a vCPU from outside.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -230,7 +230,7 @@ impl Pair {
         inputs.iter().for_each(|input| self.follower.give(input));
     }
 
-    /// The leader's part of a step.
+    /// The leader's part of a step. A kick ends it only if the vCPU has halted.
     pub fn lead(&mut self, step: &Step) -> Result<Exit, EngineError> {
         for input in &step.inputs {
             self.leader.give(input);
@@ -239,7 +239,15 @@ impl Pair {
                 self.intr = *level;
             }
         }
-        self.leader.run(step.entry, step.limit)
+        let mut entry = step.entry;
+        loop {
+            let exit = self.leader.run(entry, step.limit)?;
+            if exit != Exit::Kicked || self.leader.vcpu.store()?.activity != Activity::Running {
+                return Ok(exit);
+            }
+            // It was just slow. Instructions do not tell where it is: it may have taken an exception since the latest one.
+            entry = Entry::Resume;
+        }
     }
 
     /// The follower's part, after which all must be as at the leader; what is not.
@@ -269,8 +277,13 @@ impl Pair {
         if !is_between_instructions(exit) {
             return Ok(None);
         }
-        let (a, b) = (self.leader.vcpu.store()?, self.follower.vcpu.store()?);
+        let (a, b) = self.states()?;
         Ok(state_difference(&a, &b, free_flags))
+    }
+
+    /// The leader's state and the follower's, between two instructions.
+    pub fn states(&mut self) -> Result<(CpuState, CpuState), EngineError> {
+        Ok((self.leader.vcpu.store()?, self.follower.vcpu.store()?))
     }
 
     /// Both parts; the leader's exit and what differs.

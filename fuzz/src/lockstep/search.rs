@@ -256,6 +256,36 @@ impl Search<'_> {
         set_clock(&*repeat.clock, rest.now);
         *text += &listing::registers(&from.state);
         *text += &listing::trace(&mut repeat.pair, &rest, end)?;
+        if self.free_flags != 0 {
+            self.flags_before(near, step, end, text)?;
+        }
+        Ok(())
+    }
+
+    /// Tells where flags differed that may, if they are not needed any more: perhaps they were.
+    fn flags_before(
+        &self,
+        near: &Checkpoint,
+        step: &Step,
+        end: u64,
+        text: &mut String,
+    ) -> Result<(), EngineError> {
+        for ticks in near.ticks.max(end.saturating_sub(SHOWN / 2))..end {
+            let mut repeat = self.repeat(near)?;
+            let step = Step {
+                limit: ticks,
+                ..step.clone()
+            };
+            repeat.step(&step)?;
+            let (a, b) = repeat.pair.states()?;
+            if a.rflags != b.rflags {
+                let _ = writeln!(
+                    text,
+                    "flags before {:x}, after {ticks} instructions: leader {:x}, follower {:x}",
+                    b.rip, a.rflags, b.rflags
+                );
+            }
+        }
         Ok(())
     }
 }
