@@ -151,6 +151,9 @@ pub struct RunArgs {
     /// End when the guest resets the machine, with status 4, instead of rebooting it
     #[arg(long)]
     pub no_reboot: bool,
+    /// At the end, tell what the engine did: translations, exits by cause, instructions left to the interpreter
+    #[arg(long)]
+    pub stats: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -126,3 +126,10 @@ pub fn answer(text: impl Display) -> Result<(), Error> {
         _ => Ok(()),
     }
 }
+
+/// Prints counters on standard error, one a line.
+pub fn print_stats(stats: &[(String, u64)]) {
+    for (name, value) in stats {
+        print(format_args!("{value:>14}  {name}"));
+    }
+}

@@ -64,6 +64,12 @@ pub fn run(args: &RunArgs, quiet: bool) -> Result<ExitCode, Error> {
     let terminal = Terminal::start(interactive, &machine, &handle, &output, &ending)?;
     let outcome = controller.run();
     drop(terminal);
+    if args.stats {
+        let stats = machine.vm().stats();
+        output.close();
+        messages::end_line();
+        messages::print_stats(&stats);
+    }
     output.close();
     messages::end_line();
     Ok(ExitCode::from(conclude(outcome, &ending)?))

@@ -8,11 +8,13 @@
 //! * by a direct jump from the same page, which holds as long as both blocks do; or between global pages, until a global
 //!   mapping may have changed.
 //!
-//! When code is written its page's blocks become stale: nothing leads to them any more. If it turns out that their own bytes are
+//! When code is written its page's blocks become stale: nothing leads to them any more. If it turns out that the bytes that their translation depends on are
 //! as before, they are taken into use again. Memory is freed all at once, when it is used up.
 
 use std::collections::{HashMap, HashSet};
+use std::hash::{BuildHasher, RandomState};
 use std::io;
+use std::ops::Range;
 
 use lodger_host_sys::executable::ExecutableMemory;
 use lodger_host_sys::low::LowBox;
@@ -23,6 +25,7 @@ use crate::dump;
 use crate::emit::{Code, distance};
 use crate::env::{Env, JUMP_SLOTS, Layout};
 use crate::routines::{Routines, assemble};
+use crate::stats::Counters;
 use crate::translate::{Block as Translation, Mode, Site, Source, Tools, Trap};
 
 /// Bytes of translated code that the vCPUs of a VM hold together, at most.
@@ -33,6 +36,9 @@ const BLOCK: usize = 64 << 10;
 const MAX_SITES: usize = 1 << 22;
 
 pub type BlockId = u32;
+
+/// Index of the jump table of user code.
+const USER: usize = MmuIndex::User as usize;
 
 /// A translated block.
 struct Block {
@@ -45,26 +51,19 @@ struct Block {
     body: u32,
     /// Nothing leads to it: its page was written.
     stale: bool,
-    /// The guest's code.
-    bytes: Box<[u8]>,
+    /// The code that the translation depends on: where in the page, and its hash.
+    seen: Range<usize>,
+    hash: u64,
     /// Sites whose jump leads here.
     incoming: Vec<u32>,
     traps: Box<[Trap]>,
 }
 
-/// Counters for a person.
-#[derive(Debug, Default, Clone)]
-pub struct Counters {
-    pub translated_blocks: u64,
-    pub translated_instructions: u64,
-    pub revived_blocks: u64,
-    pub stale_blocks: u64,
-    pub cache_flushes: u64,
-}
-
 pub struct Cache {
     pub layout: Layout,
-    pub routines: Routines,
+    routines: [Routines; 2],
+    /// Code of ring 0 uses the vector registers directly.
+    ring0_vectors: bool,
     memory: ExecutableMemory,
     /// Bytes that the routines take.
     fixed: usize,
@@ -80,6 +79,7 @@ pub struct Cache {
     /// Linear pages that a jump table or a crossing jump leads to.
     reached: HashSet<u64>,
     buffer: Vec<u8>,
+    hasher: RandomState,
     pub counters: Counters,
 }
 
@@ -93,6 +93,7 @@ impl Cache {
         Ok(Cache {
             layout,
             routines,
+            ring0_vectors: false,
             fixed: memory.used(),
             memory,
             tools: Tools::new(exact_flags),
@@ -104,6 +105,7 @@ impl Cache {
             crossing: Vec::new(),
             reached: HashSet::new(),
             buffer: Vec::new(),
+            hasher: RandomState::new(),
             counters: Counters::default(),
         })
     }
@@ -115,9 +117,30 @@ impl Cache {
 
     /// Makes the jump tables lead nowhere.
     pub fn init(&self, env: &mut LowBox<Env>) {
-        for table in &mut env.jumps {
-            table.fill(self.routines.miss as u64);
+        for (index, table) in env.jumps.iter_mut().enumerate() {
+            table.fill(self.routines(index == USER).miss as u64);
         }
+    }
+
+    fn routines(&self, user: bool) -> &Routines {
+        &self.routines[usize::from(!(user || self.ring0_vectors))]
+    }
+
+    /// The routines for code of a privilege.
+    pub fn routines_of(&self, index: MmuIndex) -> &Routines {
+        self.routines(index as usize == USER)
+    }
+
+    /// Whether code of a privilege uses the vector registers directly.
+    pub fn has_vectors(&self, index: MmuIndex) -> bool {
+        index as usize == USER || self.ring0_vectors
+    }
+
+    /// Code of ring 0 is to use the vector registers directly from now on.
+    pub fn use_vectors_in_ring0(&mut self, env: &mut LowBox<Env>) {
+        self.clear(env);
+        self.ring0_vectors = true;
+        self.init(env);
     }
 
     /// Forgets everything.
@@ -134,11 +157,14 @@ impl Cache {
     }
 
     fn empty_tables(&mut self, env: &mut Env, drop: impl Fn(bool) -> bool) {
-        let miss = self.routines.miss as u64;
+        let miss = |index| match index {
+            MmuIndex::User => self.routines[0].miss,
+            _ => self.routines[usize::from(!self.ring0_vectors)].miss,
+        };
         self.filled.retain(|&(index, slot, global)| {
             let dropped = drop(global);
             if dropped {
-                env.jumps[index as usize][usize::from(slot)] = miss;
+                env.jumps[index as usize][usize::from(slot)] = miss(index) as u64;
             }
             !dropped
         });
@@ -146,11 +172,13 @@ impl Cache {
 
     /// All mappings but global ones may have changed.
     pub fn local_mappings_changed(&mut self, env: &mut Env) {
+        self.counters.local_flushes += 1;
         self.empty_tables(env, |global| !global);
     }
 
     /// All mappings may have changed.
     pub fn all_mappings_changed(&mut self, env: &mut Env) {
+        self.counters.full_flushes += 1;
         self.empty_tables(env, |_| true);
         for site in std::mem::take(&mut self.crossing) {
             self.unlink(site);
@@ -176,11 +204,13 @@ impl Cache {
             self.counters.stale_blocks += 1;
             let slot = block.linear as usize % JUMP_SLOTS;
             let entry = u64::from(block.entry);
-            let jump = &mut env.jumps[block.mode.mmu as usize][slot];
+            let index = block.mode.mmu;
+            let incoming = std::mem::take(&mut block.incoming);
+            let jump = &mut env.jumps[index as usize][slot];
             if *jump == entry {
-                *jump = self.routines.miss as u64;
+                *jump = self.routines_of(index).miss as u64;
             }
-            for site in std::mem::take(&mut block.incoming) {
+            for site in incoming {
                 self.unlink(site);
             }
         }
@@ -228,9 +258,10 @@ impl Cache {
         if cpu.watch(block.physical).is_none() {
             return false;
         }
-        let mut now = vec![0; block.bytes.len()];
-        cpu.peek(block.physical, &mut now);
-        let same = *now == *block.bytes;
+        let mut now = [0; 4096];
+        let now = &mut now[block.seen.clone()];
+        cpu.peek(block.physical & !0xfff | block.seen.start as u64, now);
+        let same = self.hasher.hash_one(now) == block.hash;
         if same {
             block.stale = false;
             self.counters.revived_blocks += 1;
@@ -261,7 +292,8 @@ impl Cache {
         };
         let base = self.memory.next(16);
         let mut code = Code::new(base, std::mem::take(&mut self.buffer));
-        let routines = (self.routines.leave, self.routines.miss);
+        let routines = self.routines_of(mode.mmu);
+        let routines = (routines.leave, routines.miss);
         let translated = Translation::new(
             &mut self.tools,
             &self.layout,
@@ -274,7 +306,6 @@ impl Cache {
         self.buffer = code.bytes;
         let translated = translated?;
         self.memory.push(&self.buffer, 16).expect("there is room");
-        let offset = (physical & 0xfff) as usize;
         let block = Block {
             linear,
             physical,
@@ -283,15 +314,19 @@ impl Cache {
             entry: base as u32,
             body: translated.body as u32,
             stale: false,
-            bytes: page[offset..offset + translated.len].into(),
+            hash: self.hasher.hash_one(&page[translated.seen.clone()]),
+            seen: translated.seen,
             incoming: Vec::new(),
             traps: translated.traps.into(),
         };
         if tracing::enabled!(target: "lodger_dbt_x86::dump", tracing::Level::TRACE) {
-            let text = dump::block(&block.bytes, linear, &self.buffer, base as u64);
+            let start = (linear & 0xfff) as usize;
+            let guest = &page[start..start + translated.len];
+            let text = dump::block(guest, linear, &self.buffer, base as u64);
             tracing::trace!(target: "lodger_dbt_x86::dump", "block {linear:x}, {mode:?}\n{text}");
         }
         self.counters.translated_blocks += 1;
+        self.counters.translated_bytes += self.buffer.len() as u64;
         self.counters.translated_instructions += translated.insns as u64;
         let id = self.blocks.len() as BlockId;
         self.blocks.push(block);
@@ -324,6 +359,7 @@ impl Cache {
             self.crossing.push(site);
             self.reached.insert(block.linear >> 12);
         }
+        self.counters.links += 1;
         block.incoming.push(site);
         self.memory.patch(
             patch as usize,

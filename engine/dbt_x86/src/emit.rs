@@ -7,6 +7,7 @@
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reg(pub u8);
 
+pub const RAX: Reg = Reg(0);
 pub const RCX: Reg = Reg(1);
 pub const RSP: Reg = Reg(4);
 pub const RBP: Reg = Reg(5);
@@ -48,6 +49,7 @@ pub fn at(base: Reg, disp: i32) -> Mem {
 
 /// Condition codes of Jcc.
 pub mod cc {
+    pub const E: u8 = 4;
     pub const NE: u8 = 5;
     pub const A: u8 = 7;
 }
@@ -154,15 +156,6 @@ impl Code {
         ]);
     }
 
-    /// `cmp a, b`
-    pub fn cmp(&mut self, a: Reg, b: Reg) {
-        self.raw(&[
-            0x48 | (a.0 >> 3) << 2 | b.0 >> 3,
-            0x3b,
-            0xc0 | (a.0 & 7) << 3 | b.0 & 7,
-        ]);
-    }
-
     /// `mov reg, value` in the shortest form.
     pub fn mov_imm(&mut self, reg: Reg, value: u64) {
         let low = reg.0 & 7;
@@ -242,6 +235,13 @@ impl Code {
     pub fn pext(&mut self, to: Reg, from: Reg, mask: u32) {
         let vex = (!to.0 & 8) << 4 | 0x60 | 2;
         self.raw(&[0xc4, vex, 0x82 | (!from.0 & 15) << 3, 0xf5]);
+        self.modrm(to.0, &abs(mask));
+    }
+
+    /// `pdep to, from, [mask]`
+    pub fn pdep(&mut self, to: Reg, from: Reg, mask: u32) {
+        let vex = (!to.0 & 8) << 4 | 0x60 | 2;
+        self.raw(&[0xc4, vex, 0x83 | (!from.0 & 15) << 3, 0xf5]);
         self.modrm(to.0, &abs(mask));
     }
 
@@ -369,7 +369,6 @@ mod tests {
             },
         );
         c.mov(T, RCX);
-        c.cmp(S, T);
         c.mov_imm(S, 0xffff_ffff_8000_0000);
         c.mov_imm(T, 0x8000_0000);
         c.mov_imm(Reg(0), 0x1_2345_6789);
@@ -383,6 +382,7 @@ mod tests {
         c.pext(RCX, S, 0x2000);
         c.pext(S, S, 0x2000);
         c.pext(RCX, RCX, 0x2000);
+        c.pdep(T, T, 0x2000);
         c.movzx16(T, S);
         c.jmp_mem(indexed);
         let skip = c.jcc_forward(cc::A);
@@ -408,7 +408,6 @@ add r11,[r10+12345h]
 lea ecx,[rcx+rcx]
 mov rcx,[rcx*8+77h]
 mov r10,rcx
-cmp r11,r10
 mov r11,0FFFFFFFF80000000h
 mov r10d,80000000h
 mov rax,123456789h
@@ -422,6 +421,7 @@ rorx r10,r11,8
 pext rcx,r11,[2000h]
 pext r11,r11,[2000h]
 pext rcx,rcx,[2000h]
+pdep r10,r10,[2000h]
 movzx r10d,r11w
 jmp qword ptr [r10*8+1234h]";
         let count = expected.lines().count();

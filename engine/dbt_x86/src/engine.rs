@@ -3,10 +3,11 @@
 use std::arch::is_x86_feature_detected as detected;
 use std::sync::Arc;
 
-use lodger_interp::{InterpEngine, create_vm};
+use lodger_interp::{Cpu, InterpEngine, create_vm};
 use lodger_vcpu::{Capabilities, Engine, EngineError, EngineVm, VmConfig};
 
 use crate::run::Dbt;
+use crate::stats::{self, Shared};
 
 /// The binary translator as an engine.
 #[derive(Debug, Default)]
@@ -32,6 +33,9 @@ impl Engine for DbtEngine {
 
     fn create_vm(&self, config: VmConfig) -> Result<Arc<dyn EngineVm>, EngineError> {
         let exact_flags = self.exact_flags;
-        create_vm(config, move |cpu| Dbt::new(cpu, exact_flags))
+        let shared = Shared::default();
+        let counters = Arc::clone(&shared);
+        let make = move |cpu: &Cpu| Dbt::new(cpu, exact_flags, &counters);
+        create_vm(config, make, move || stats::sum(&shared))
     }
 }

@@ -5,6 +5,7 @@ use std::mem::offset_of;
 use lodger_host_sys::low::LowBox;
 use lodger_interp::Cpu;
 use lodger_softmmu::{Direction, MmuIndex};
+use lodger_x86::{Msrs, Segment};
 
 /// Slots of a jump table: an address is looked up by its low 16 bits.
 pub const JUMP_SLOTS: usize = 1 << 16;
@@ -38,6 +39,13 @@ pub struct Env {
     pub page_mask: u64,
     pub offset_mask: u64,
     pub sign_mask: u64,
+    /// RFLAGS bits that PUSHF takes from memory, and all but IF.
+    pub pushed_mask: u64,
+    pub no_if_mask: u64,
+    /// Flags while they are not in the flags register.
+    pub saved_flags: u64,
+    /// Registers of a repeated string instruction.
+    pub strings: [u64; 4],
     /// Ticks until the limit, if ticks are counted.
     pub ticks_left: u64,
     pub jumps: [JumpTable; 3],
@@ -54,6 +62,7 @@ pub mod exit {
 /// Where everything is.
 #[derive(Clone)]
 pub struct Layout {
+    cpu: u32,
     /// The guest's general registers.
     pub registers: u32,
     /// The guest's segment bases.
@@ -75,6 +84,7 @@ impl Layout {
             [Direction::Read, Direction::Write].map(|direction| cpu.tlb.table(index, direction))
         };
         Layout {
+            cpu: low(&raw const *cpu as usize),
             registers: low(cpu.regs.as_ptr() as usize),
             bases: low(cpu.bases.as_ptr() as usize),
             vectors: low(cpu.native.ymm.as_ptr() as usize),
@@ -128,6 +138,38 @@ impl Layout {
     }
     pub fn ticks_left(&self) -> u32 {
         self.env + offset_of!(Env, ticks_left) as u32
+    }
+    pub fn pushed_mask(&self) -> u32 {
+        self.env + offset_of!(Env, pushed_mask) as u32
+    }
+    pub fn no_if_mask(&self) -> u32 {
+        self.env + offset_of!(Env, no_if_mask) as u32
+    }
+    pub fn saved_flags(&self) -> u32 {
+        self.env + offset_of!(Env, saved_flags) as u32
+    }
+    pub fn strings(&self) -> u32 {
+        self.env + offset_of!(Env, strings) as u32
+    }
+    /// RFLAGS, of which the status flags are not up to date.
+    pub fn rflags(&self) -> u32 {
+        self.cpu + offset_of!(Cpu, flags) as u32
+    }
+    /// Not zero if an interrupt waits for IF.
+    pub fn waiting(&self) -> u32 {
+        self.cpu + offset_of!(Cpu, waiting) as u32
+    }
+    fn segment(&self, number: usize) -> u32 {
+        self.cpu + (offset_of!(Cpu, segments) + number * size_of::<Segment>()) as u32
+    }
+    pub fn selector(&self, number: usize) -> u32 {
+        self.segment(number) + offset_of!(Segment, selector) as u32
+    }
+    pub fn segment_base(&self, number: usize) -> u32 {
+        self.segment(number) + offset_of!(Segment, base) as u32
+    }
+    pub fn kernel_gs_base(&self) -> u32 {
+        self.cpu + (offset_of!(Cpu, msrs) + offset_of!(Msrs, kernel_gs_base)) as u32
     }
     /// The jump table of a privilege.
     pub fn jumps(&self, index: MmuIndex) -> u32 {

@@ -5,6 +5,8 @@ use iced_x86::{
 };
 use lodger_native::{Class, MemUse, in_place};
 
+use crate::translate::Mode;
+
 /// The status flags, as iced's bits.
 pub const FLAGS: u32 = RflagsBits::OF
     | RflagsBits::SF
@@ -48,6 +50,18 @@ pub enum Kind {
     CallMemory,
     /// RET, releasing so many bytes of arguments.
     Return(u16),
+    /// MOV from the segment register of this number.
+    MoveSegment(usize),
+    PushFlags,
+    PopFlags,
+    ClearInterrupts,
+    SetInterrupts,
+    SwapGs,
+    /// REP MOVS, REP STOS, of elements of 2^`log` bytes.
+    Repeat {
+        log: u8,
+        moves: bool,
+    },
     /// By the interpreter.
     Interpret,
 }
@@ -66,6 +80,8 @@ pub struct Insn {
     pub kind: Kind,
     /// The host may trap on it, beside for its memory.
     pub traps: bool,
+    /// It uses the vector registers.
+    pub vector: bool,
     /// Flags that it or what follows needs of those before it.
     pub live: u32,
 }
@@ -76,14 +92,15 @@ pub fn is_stolen(register: Register) -> bool {
 }
 
 impl Insn {
-    pub fn new(instruction: &Instruction, info: &mut InstructionInfoFactory, simd: Simd) -> Insn {
+    pub fn new(instruction: &Instruction, info: &mut InstructionInfoFactory, mode: Mode) -> Insn {
         let mut insn = Insn {
             instruction: *instruction,
             kind: Kind::Interpret,
             traps: false,
+            vector: false,
             live: FLAGS,
         };
-        insn.kind = insn.classify(info, simd);
+        insn.kind = insn.classify(info, mode);
         insn
     }
 
@@ -108,6 +125,7 @@ impl Insn {
         match self.kind {
             Kind::Interpret => FLAGS,
             Kind::Nothing => after,
+            Kind::PopFlags => 0,
             _ => (after & !self.kills() | i.rflags_read()) & FLAGS,
         }
     }
@@ -146,12 +164,13 @@ impl Insn {
             }
             // What these leave undefined is what was there, on some processors.
             M::Bsf | M::Bsr => RflagsBits::ZF,
+            M::Bt | M::Bts | M::Btr | M::Btc => RflagsBits::CF,
             M::Div | M::Idiv => 0,
             _ => i.rflags_modified(),
         }
     }
 
-    fn classify(&mut self, info: &mut InstructionInfoFactory, simd: Simd) -> Kind {
+    fn classify(&mut self, info: &mut InstructionInfoFactory, mode: Mode) -> Kind {
         let i = self.instruction;
         if i.is_invalid() {
             return Kind::Interpret;
@@ -217,7 +236,10 @@ impl Insn {
                 }
                 _ => Kind::Interpret,
             },
-            _ => self.classify_data(info, simd, memory),
+            _ => match special(&i, mode) {
+                Some(kind) => kind,
+                None => self.classify_data(info, mode.simd, memory),
+            },
         }
     }
 
@@ -231,10 +253,23 @@ impl Insn {
         let i = self.instruction;
         let (size, write) = match in_place_integer(&i) {
             Some(write) => (i.memory_size().size() as u8, write),
+            None if matches!(
+                i.mnemonic(),
+                M::Ldmxcsr | M::Stmxcsr | M::Vldmxcsr | M::Vstmxcsr
+            ) =>
+            {
+                self.vector = true;
+                let vex = matches!(i.mnemonic(), M::Vldmxcsr | M::Vstmxcsr);
+                if !simd.sse || vex && !simd.avx {
+                    return Kind::Interpret;
+                }
+                (4, matches!(i.mnemonic(), M::Stmxcsr | M::Vstmxcsr))
+            }
             None => {
                 let Some(form) = in_place(&i, info) else {
                     return Kind::Interpret;
                 };
+                self.vector = matches!(form.class, Class::Sse | Class::Avx);
                 let permitted = match form.class {
                     Class::Gpr => true,
                     Class::Sse => simd.sse,
@@ -266,9 +301,17 @@ impl Insn {
         let both = [Register::R10, Register::R11]
             .iter()
             .all(|s| registers().any(|r| r.full_register() == *s));
-        let far = matches!(i.memory_displ_size(), 8)
-            && i.memory_base() == Register::None
-            && i.memory_index() == Register::None;
+        let far = matches!(
+            i.code(),
+            Code::Mov_AL_moffs8
+                | Code::Mov_AX_moffs16
+                | Code::Mov_EAX_moffs32
+                | Code::Mov_RAX_moffs64
+                | Code::Mov_moffs8_AL
+                | Code::Mov_moffs16_AX
+                | Code::Mov_moffs32_EAX
+                | Code::Mov_moffs64_RAX
+        );
         if high || both || far || size == 0 {
             return Kind::Interpret;
         }
@@ -280,6 +323,45 @@ fn target(i: &Instruction, kind: fn(u64) -> Kind) -> Kind {
     match i.near_branch64() >> 47 {
         0 | 0x1ffff => kind(i.near_branch64()),
         _ => Kind::Interpret,
+    }
+}
+
+/// Instructions with sequences of their own.
+fn special(i: &Instruction, mode: Mode) -> Option<Kind> {
+    let repeated = |log, moves| {
+        let plain = i.has_rep_prefix()
+            && (0..i.op_count()).all(|n| {
+                !matches!(
+                    i.op_kind(n),
+                    OpKind::MemorySegESI
+                        | OpKind::MemoryESEDI
+                        | OpKind::MemorySegSI
+                        | OpKind::MemoryESDI
+                )
+            })
+            && !matches!(i.memory_segment(), Register::FS | Register::GS);
+        plain.then_some(Kind::Repeat { log, moves })
+    };
+    match i.code() {
+        Code::Pushfq => Some(Kind::PushFlags),
+        Code::Popfq => Some(Kind::PopFlags),
+        Code::Cli if mode.is_ring0() => Some(Kind::ClearInterrupts),
+        Code::Sti if mode.is_ring0() => Some(Kind::SetInterrupts),
+        Code::Swapgs if mode.is_ring0() => Some(Kind::SwapGs),
+        Code::Movsb_m8_m8 => repeated(0, true),
+        Code::Movsw_m16_m16 => repeated(1, true),
+        Code::Movsd_m32_m32 => repeated(2, true),
+        Code::Movsq_m64_m64 => repeated(3, true),
+        Code::Stosb_m8_AL => repeated(0, false),
+        Code::Stosw_m16_AX => repeated(1, false),
+        Code::Stosd_m32_EAX => repeated(2, false),
+        Code::Stosq_m64_RAX => repeated(3, false),
+        Code::Mov_rm16_Sreg | Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg
+            if i.op0_kind() == OpKind::Register =>
+        {
+            Some(Kind::MoveSegment(i.op1_register().number()))
+        }
+        _ => None,
     }
 }
 

@@ -24,6 +24,8 @@ mod env;
 mod insn;
 mod routines;
 mod run;
+mod special;
+mod stats;
 mod timer;
 mod translate;
 mod traps;

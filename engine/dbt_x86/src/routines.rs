@@ -21,16 +21,39 @@ pub struct Routines {
 /// MXCSR while Rust code runs: everything masked, round to nearest.
 const HOST_MXCSR: u32 = 0x1f80;
 
-/// The code for `base`, and where the routines are in it.
-pub fn assemble(layout: &Layout, base: usize) -> Result<(Vec<u8>, Routines), IcedError> {
+/// The code for `base`, and where the routines are in it: those that load and save the vector registers, and those for code that does
+/// not use them.
+pub fn assemble(layout: &Layout, base: usize) -> Result<(Vec<u8>, [Routines; 2]), IcedError> {
     let a = &mut CodeAssembler::new(64)?;
+    let labels = [emit(a, layout, true)?, emit(a, layout, false)?];
+    let result = a.assemble_options(
+        base as u64,
+        iced_x86::BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS,
+    )?;
+    let place = |label: &CodeLabel| Ok::<_, IcedError>(result.label_ip(label)? as usize);
+    let [with, without] = labels.map(|[enter, leave, miss, trap]| {
+        Ok::<_, IcedError>(Routines {
+            enter: place(&enter)?,
+            leave: place(&leave)?,
+            miss: place(&miss)?,
+            trap: place(&trap)?,
+        })
+    });
+    Ok((result.inner.code_buffer.clone(), [with?, without?]))
+}
+
+fn emit(
+    a: &mut CodeAssembler,
+    layout: &Layout,
+    vectors: bool,
+) -> Result<[CodeLabel; 4], IcedError> {
     let mut enter = a.create_label();
     let mut leave = a.create_label();
     let mut miss = a.create_label();
     let mut trap = a.create_label();
     let mut host_mxcsr = a.create_label();
     let at = |address: u32| qword_ptr(address as i32);
-    let vector = |n: u32| ymmword_ptr((layout.vectors + 32 * n) as i32);
+    let vector = |n: usize| ymmword_ptr((layout.vectors + 32 * n as u32) as i32);
     // RAX is last: it carries the flags. R10 and R11 stay in memory.
     let general = [
         (1, rcx),
@@ -46,7 +69,7 @@ pub fn assemble(layout: &Layout, base: usize) -> Result<(Vec<u8>, Routines), Ice
         (14, r14),
         (15, r15),
     ];
-    let vectors = [
+    let ymm = [
         ymm0, ymm1, ymm2, ymm3, ymm4, ymm5, ymm6, ymm7, ymm8, ymm9, ymm10, ymm11, ymm12, ymm13,
         ymm14, ymm15,
     ];
@@ -57,13 +80,16 @@ pub fn assemble(layout: &Layout, base: usize) -> Result<(Vec<u8>, Routines), Ice
         a.push(register)?;
     }
     a.mov(at(layout.host_rsp()), rsp)?;
-    for (n, register) in vectors.into_iter().enumerate() {
-        a.vmovups(register, vector(n as u32))?;
+    if vectors {
+        for (n, register) in ymm.into_iter().enumerate() {
+            a.vmovups(register, vector(n))?;
+        }
+        a.ldmxcsr(dword_ptr(layout.mxcsr as i32))?;
     }
-    a.ldmxcsr(dword_ptr(layout.mxcsr as i32))?;
     for (n, register) in general {
         a.mov(register, at(layout.register(n)))?;
     }
+    a.mov(r11, at(layout.argument()))?;
     a.mov(rsp, at(layout.register(4)))?;
     a.mov(rax, at(layout.flags()))?;
     a.add(al, 0x7f)?; // overflows if OF is to be set
@@ -89,29 +115,19 @@ pub fn assemble(layout: &Layout, base: usize) -> Result<(Vec<u8>, Routines), Ice
         a.mov(at(layout.register(n)), register)?;
     }
     a.mov(rsp, at(layout.host_rsp()))?;
-    a.stmxcsr(dword_ptr(layout.mxcsr as i32))?;
-    a.ldmxcsr(dword_ptr(host_mxcsr))?;
-    for (n, register) in vectors.into_iter().enumerate() {
-        a.vmovups(vector(n as u32), register)?;
+    if vectors {
+        a.stmxcsr(dword_ptr(layout.mxcsr as i32))?;
+        a.ldmxcsr(dword_ptr(host_mxcsr))?;
+        for (n, register) in ymm.into_iter().enumerate() {
+            a.vmovups(vector(n), register)?;
+        }
+        a.vzeroupper()?;
     }
-    a.vzeroupper()?;
     for register in saved.into_iter().rev() {
         a.pop(register)?;
     }
     a.ret()?;
     a.set_label(&mut host_mxcsr)?;
     a.dd(&[HOST_MXCSR])?;
-
-    let result = a.assemble_options(
-        base as u64,
-        iced_x86::BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS,
-    )?;
-    let place = |label: &CodeLabel| Ok::<_, IcedError>(result.label_ip(label)? as usize);
-    let routines = Routines {
-        enter: place(&enter)?,
-        leave: place(&leave)?,
-        miss: place(&miss)?,
-        trap: place(&trap)?,
-    };
-    Ok((result.inner.code_buffer, routines))
+    Ok([enter, leave, miss, trap])
 }

@@ -1,18 +1,20 @@
 //! The translator in the loop of a vCPU.
 
 use std::io;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use lodger_host_sys::low::LowBox;
 use lodger_interp::{CodeSize, Cpu, Next, RIP, Translator, canonical, seg};
 use lodger_softmmu::MmuIndex;
 use lodger_vcpu::EngineError;
-use lodger_x86::bits::STATUS_FLAGS;
+use lodger_x86::bits::{RFlags, STATUS_FLAGS};
 use lodger_x86::paging::Access;
 
 use crate::cache::Cache;
-use crate::env::{Env, Layout, exit};
+use crate::env::{Env, JUMP_SLOTS, Layout, exit};
 use crate::insn::Simd;
+use crate::stats::{Counters, Shared};
 use crate::timer::Timer;
 use crate::translate::{Mode, Site};
 use crate::traps::{self, Executing};
@@ -25,7 +27,13 @@ pub struct Dbt {
     /// When the timer expires, ns of guest time.
     due: Option<u64>,
     simd: Simd,
+    counted: bool,
     executing: Executing,
+    /// The counters, for others to see.
+    published: Arc<Mutex<Counters>>,
+    attended: u64,
+    /// Instructions with vector registers that ring 0 has executed one by one.
+    ring0_vectors: u32,
 }
 
 // SAFETY: the pointer in `executing` is to what this owns.
@@ -38,11 +46,14 @@ fn failed(source: io::Error) -> EngineError {
     }
 }
 
+/// Vector instructions after which ring 0's code gets the registers. Kernels hardly use them, but a system without user code may.
+const VECTORS: u32 = 20_000;
+
 /// OF among the status flags.
 const OF: u64 = 1 << 11;
 
 impl Dbt {
-    pub fn new(cpu: &Cpu, exact_flags: bool) -> Result<Dbt, EngineError> {
+    pub fn new(cpu: &Cpu, exact_flags: bool, shared: &Shared) -> Result<Dbt, EngineError> {
         // SAFETY: numbers.
         let mut env = unsafe { LowBox::<Env>::zeroed() }.map_err(failed)?;
         let layout = Layout::new(cpu, &env);
@@ -50,21 +61,32 @@ impl Dbt {
         env.page_mask = !0xfff;
         env.offset_mask = 0xfff;
         env.sign_mask = 1 << 63;
+        let from_memory =
+            STATUS_FLAGS | RFlags::FIXED.bits() | RFlags::RF.bits() | RFlags::VM.bits();
+        env.pushed_mask = !from_memory;
+        env.no_if_mask = !RFlags::IF.bits();
         let cache = Cache::new(layout, cpu.vcpus(), exact_flags).map_err(failed)?;
         cache.init(&mut env);
         let range = cache.range();
         let executing = Executing {
             start: range.start,
             end: range.end,
-            trap: cache.routines.trap,
+            trap: 0,
             place: &raw mut env.trap,
         };
+        let published = Arc::default();
+        let mut list = shared.lock().expect("a vCPU panicked");
+        list.push(Arc::clone(&published));
         Ok(Dbt {
+            published,
+            attended: 0,
+            ring0_vectors: 0,
             env,
             cache,
             timer: None,
             due: None,
             simd: Simd::default(),
+            counted: false,
             executing,
         })
     }
@@ -72,6 +94,7 @@ impl Dbt {
     fn apply_changes(&mut self, cpu: &mut Cpu) {
         let changes = std::mem::take(&mut cpu.changes);
         cpu.changes.wanted = true;
+        cpu.changes.timer = changes.timer;
         for page in changes.code {
             self.cache.code_written(&mut self.env, page);
         }
@@ -92,7 +115,7 @@ impl Dbt {
         let status = cpu.flags & STATUS_FLAGS;
         self.env.flags = u64::from(status & OF != 0) | (status & 0xff) << 8;
         self.env.target = target;
-        let enter = self.cache.routines.enter;
+        let enter = self.cache.routines_of(cpu.mmu).enter;
         // SAFETY: the routine follows this convention and keeps what must be kept; the code that it runs accesses only memory of
         // the vCPU's and, after a lookup, guest RAM.
         unsafe {
@@ -107,6 +130,14 @@ impl Dbt {
         let status = flags >> 8 & (STATUS_FLAGS & 0xff) | if flags & 1 != 0 { OF } else { 0 };
         cpu.flags = cpu.flags & !STATUS_FLAGS | status;
         self.env.exit as u32
+    }
+
+    /// Ring 0 has executed an instruction with vector registers, which its code does not hold.
+    fn note_vectors(&mut self) {
+        self.ring0_vectors += 1;
+        if self.ring0_vectors == VECTORS {
+            self.cache.use_vectors_in_ring0(&mut self.env);
+        }
     }
 
     /// Runs code, counting ticks if there is a limit.
@@ -127,20 +158,25 @@ impl Dbt {
     }
 
     fn run_code(&mut self, cpu: &mut Cpu) -> Next {
+        let mmu = cpu.mmu;
         let mode = Mode {
-            mmu: cpu.mmu,
-            simd: self.simd,
-            counted: cpu.tick_limit.is_some(),
+            mmu,
+            simd: match self.cache.has_vectors(mmu) {
+                true => self.simd,
+                false => Simd::default(),
+            },
+            counted: self.counted,
         };
+        // As if by an indirect jump.
         let rip = cpu.rip();
-        let Some(id) = self.cache.find(cpu, &mut self.env, rip, mode) else {
-            return Next::Interpret;
-        };
-        let mut target = self.cache.body(id);
+        self.env.argument = rip;
+        let mut target = self.env.jumps[mmu as usize][rip as usize % JUMP_SLOTS];
         loop {
             let exit = self.enter(cpu, target);
+            self.cache.counters.entries += 1;
             match exit {
                 exit::MISS => {
+                    self.cache.counters.table_misses += 1;
                     let linear = self.env.argument;
                     if !canonical(linear) {
                         // The jump itself faults.
@@ -171,6 +207,7 @@ impl Dbt {
                 exit::TRAP => {
                     let (rip, rest) = self.cache.trapped(self.env.trap);
                     self.refund(rest);
+                    self.cache.counters.traps += 1;
                     cpu.set_rip(rip);
                     return Next::Interpret;
                 }
@@ -189,7 +226,17 @@ impl Dbt {
                         }
                         target = self.cache.body(id);
                     }
-                    Site::Interpret { rip } => {
+                    Site::Interpret {
+                        rip,
+                        code,
+                        vector,
+                        rest,
+                    } => {
+                        self.refund(rest);
+                        self.cache.counters.interpreted[code as usize] += 1;
+                        if vector && !self.cache.has_vectors(mmu) {
+                            self.note_vectors();
+                        }
                         cpu.set_rip(rip);
                         return Next::Interpret;
                     }
@@ -205,11 +252,20 @@ impl Dbt {
                         cpu.set_rip(rip);
                         if !cpu.prepare(linear, size.into(), access) {
                             self.refund(rest);
+                            self.cache.counters.slow_accesses += 1;
                             return Next::Interpret;
                         }
+                        self.cache.counters.tlb_misses += 1;
                         target = retry.into();
                     }
                     Site::Requests { rip } => {
+                        self.cache.counters.requests += 1;
+                        cpu.set_rip(rip);
+                        return Next::Attend;
+                    }
+                    Site::Repeat { rip, rest } => {
+                        self.cache.counters.requests += 1;
+                        self.refund(rest);
                         cpu.set_rip(rip);
                         return Next::Attend;
                     }
@@ -227,7 +283,8 @@ impl Dbt {
 
 impl Translator for Dbt {
     fn run(&mut self, cpu: &mut Cpu) -> Next {
-        if cpu.code != CodeSize::Bits64 {
+        // Ring 1 and 2 have ring 0's rights to memory, but not to instructions.
+        if cpu.code != CodeSize::Bits64 || matches!(cpu.cpl, 1 | 2) || !canonical(cpu.rip()) {
             return Next::Interpret;
         }
         if cpu.tick_limit.is_some_and(|limit| cpu.ticks >= limit) {
@@ -240,11 +297,20 @@ impl Translator for Dbt {
             sse: cpu.sse_usable(),
             avx: cpu.avx_usable(),
         };
+        let counted = cpu.tick_limit.is_some();
+        if counted != self.counted {
+            // Code that counts and code that does not must not meet.
+            self.counted = counted;
+            self.cache.all_mappings_changed(&mut self.env);
+        }
         if simd != self.simd {
             self.simd = simd;
             self.cache.clear(&mut self.env);
         }
-        let executing = self.executing;
+        let executing = Executing {
+            trap: self.cache.routines_of(cpu.mmu).trap,
+            ..self.executing
+        };
         match traps::with(executing, || self.run_counted(cpu)) {
             Ok(next) => next,
             Err(error) => {
@@ -254,8 +320,14 @@ impl Translator for Dbt {
         }
     }
 
-    fn due(&mut self, cpu: &Cpu, deadline: Option<u64>) {
-        if deadline == self.due {
+    fn due(&mut self, cpu: &mut Cpu, deadline: Option<u64>) {
+        self.attended += 1;
+        if self.attended.is_multiple_of(64) {
+            let mut published = self.published.lock().expect("nobody panics with it");
+            published.clone_from(&self.cache.counters);
+        }
+        let expired = std::mem::take(&mut cpu.changes.timer);
+        if deadline == self.due && !expired {
             return;
         }
         self.due = deadline;

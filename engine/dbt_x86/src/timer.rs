@@ -18,7 +18,7 @@ pub struct Timer {
 unsafe impl Send for Timer {}
 
 /// Bits that are set: the vCPU is to look at its timers.
-const BITS: u32 = lodger_interp::LOOK;
+const BITS: u32 = lodger_interp::TIMER;
 
 impl Timer {
     /// A stopped timer for the current thread; `requests` is low in memory and lives longer.

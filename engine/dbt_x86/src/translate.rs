@@ -6,14 +6,16 @@
 //!
 //! An instruction changes nothing before all of its lookups have hit, so it can be interpreted instead at any miss.
 
+use std::ops::Range;
+
 use iced_x86::{
-    Decoder, DecoderError, DecoderOptions, Encoder, Instruction, InstructionInfoFactory, Mnemonic,
-    OpKind, Register,
+    Code, Decoder, DecoderError, DecoderOptions, Encoder, Instruction, InstructionInfoFactory,
+    Mnemonic, OpKind, Register,
 };
 use lodger_softmmu::MmuIndex;
 
 use crate::check::Address;
-use crate::emit::{Code, Jump, Mem, Op, RBP, RCX, RSP, Reg, S, T, abs, at, cc};
+use crate::emit::{Code as HostCode, Jump, Mem, Op, RBP, RCX, RSP, Reg, S, T, abs, at, cc};
 use crate::env::{JUMP_SLOTS, Layout};
 use crate::insn::{FLAGS, Insn, Kind, Simd, is_stolen};
 
@@ -35,7 +37,15 @@ pub enum Site {
         leaves_page: bool,
     },
     /// Interpret the instruction at `rip`.
-    Interpret { rip: u64 },
+    Interpret {
+        rip: u64,
+        code: Code,
+        /// It uses vector registers.
+        vector: bool,
+        rest: u8,
+    },
+    /// There are requests in the midst of the repeated string instruction at `rip`.
+    Repeat { rip: u64, rest: u8 },
     /// The access of the instruction at `rip` to the address in S missed the TLB; try again at `retry` when that is better.
     Access {
         rip: u64,
@@ -62,6 +72,12 @@ pub struct Mode {
     pub counted: bool,
 }
 
+impl Mode {
+    pub fn is_ring0(self) -> bool {
+        self.mmu != MmuIndex::User
+    }
+}
+
 /// A block to be translated.
 pub struct Source<'a> {
     /// Linear address.
@@ -78,6 +94,8 @@ pub struct Translated {
     /// Where other code jumps to.
     pub body: usize,
     pub traps: Vec<Trap>,
+    /// Offsets in the page of the code that the translation depends on: the block's own, and what tells which flags are needed.
+    pub seen: Range<usize>,
     /// Bytes of guest code.
     pub len: usize,
     pub insns: usize,
@@ -123,8 +141,12 @@ struct Stub {
 pub enum Rare {
     /// A site, nothing else to do.
     Leave,
+    /// A site, with the flags in memory.
+    RestoreFlags,
     /// The tag was subtracted from the address; it is at this place.
     Tagged(Mem),
+    /// Both.
+    TaggedRestoreFlags(Mem),
     /// A jump to another page.
     Far(u64),
 }
@@ -135,17 +157,18 @@ pub struct Block<'a> {
     pub source: &'a Source<'a>,
     leave: usize,
     miss: usize,
-    pub code: &'a mut Code,
+    pub code: &'a mut HostCode,
     sites: &'a mut Vec<Site>,
     stubs: Vec<Stub>,
     traps: Vec<Trap>,
     /// Instructions of the block, and of these not yet executed before the current one; zero if ticks are not counted.
     total: u8,
     pub rest: u8,
+    seen: Range<usize>,
 }
 
 /// The instruction cannot be encoded.
-struct Unencodable;
+pub struct Unencodable;
 
 impl<'a> Block<'a> {
     /// For code that will be at the end of `code`; `leave` and `miss` are the routines of those names.
@@ -154,7 +177,7 @@ impl<'a> Block<'a> {
         layout: &'a Layout,
         source: &'a Source<'a>,
         (leave, miss): (usize, usize),
-        code: &'a mut Code,
+        code: &'a mut HostCode,
         sites: &'a mut Vec<Site>,
     ) -> Block<'a> {
         Block {
@@ -169,6 +192,7 @@ impl<'a> Block<'a> {
             traps: Vec::new(),
             total: 0,
             rest: 0,
+            seen: (source.linear & 0xfff) as usize..(source.linear & 0xfff) as usize,
         }
     }
 
@@ -182,6 +206,7 @@ impl<'a> Block<'a> {
         Some(Translated {
             body,
             traps: self.traps,
+            seen: self.seen,
             len,
             insns: count,
         })
@@ -198,12 +223,34 @@ impl<'a> Block<'a> {
             if decoder.last_error() == DecoderError::NoMoreBytes {
                 break;
             }
-            let insn = Insn::new(&instruction, &mut self.tools.info, self.source.mode.simd);
+            self.saw(&instruction);
+            let insn = Insn::new(&instruction, &mut self.tools.info, self.source.mode);
             insns.push(insn);
             if insn.ends_block() {
                 break;
             }
         }
+        // The instruction behind STI must come before any interrupt, so it must be executed right after it.
+        for n in 0..insns.len() {
+            let next = insns.get(n + 1).map(|next| next.kind);
+            if insns[n].kind == Kind::SetInterrupts
+                && matches!(
+                    next,
+                    None | Some(Kind::Interpret | Kind::Repeat { .. } | Kind::SetInterrupts)
+                )
+            {
+                insns[n].kind = Kind::Interpret;
+                insns.truncate(n + 1);
+                break;
+            }
+        }
+    }
+
+    /// The translation depends on this instruction.
+    fn saw(&mut self, instruction: &Instruction) {
+        let start = (instruction.ip() & 0xfff) as usize;
+        self.seen.start = self.seen.start.min(start);
+        self.seen.end = self.seen.end.max(start + instruction.len());
     }
 
     /// Flags that code at `target` needs, as far as it is known.
@@ -223,7 +270,8 @@ impl<'a> Block<'a> {
             if decoder.last_error() == DecoderError::NoMoreBytes {
                 break;
             }
-            let insn = Insn::new(&instruction, &mut self.tools.info, self.source.mode.simd);
+            self.saw(&instruction);
+            let insn = Insn::new(&instruction, &mut self.tools.info, self.source.mode);
             needed |= insn.live_before(0) & open;
             if insn.kind == Kind::Interpret {
                 return needed;
@@ -287,9 +335,11 @@ impl<'a> Block<'a> {
             if self.insn(insn).is_err() {
                 self.code.bytes.truncate(length);
                 self.stubs.truncate(stubs);
-                self.refund(self.rest);
                 self.leave_at(Site::Interpret {
+                    rest: self.rest,
                     rip: insn.instruction.ip(),
+                    code: insn.instruction.code(),
+                    vector: insn.vector,
                 });
                 ended = true;
                 break;
@@ -346,35 +396,25 @@ impl<'a> Block<'a> {
     /// The entry for jumps through a table: S must be this block's address, and requests are looked at.
     fn prologue(&mut self, live: u32) {
         let linear = self.source.linear;
-        if live == 0 {
-            match i32::try_from(linear as i64) {
-                Ok(value) => self.code.cmp_imm(S, value),
-                Err(_) => {
-                    self.code.mov_imm(T, linear);
-                    self.code.cmp(S, T);
-                }
-            }
-            self.code.jcc(cc::NE, self.miss);
-        } else {
-            let c = &mut *self.code;
-            c.mov(T, RCX);
-            c.mov_imm(RCX, linear.wrapping_neg());
-            c.op(
-                Op::Lea,
-                RCX,
-                Mem {
-                    base: Some(RCX),
-                    index: Some(S),
-                    scale: 0,
-                    disp: 0,
-                },
-            );
-            let same = c.jrcxz();
-            c.mov(RCX, T);
-            c.jmp(self.miss);
-            c.land(same);
-            c.mov(RCX, T);
-        }
+        let c = &mut *self.code;
+        // Another block with the same slot may need the flags.
+        c.mov(T, RCX);
+        c.mov_imm(RCX, linear.wrapping_neg());
+        c.op(
+            Op::Lea,
+            RCX,
+            Mem {
+                base: Some(RCX),
+                index: Some(S),
+                scale: 0,
+                disp: 0,
+            },
+        );
+        let same = c.jrcxz();
+        c.mov(RCX, T);
+        c.jmp(self.miss);
+        c.land(same);
+        c.mov(RCX, T);
         self.look_at_requests(linear, live);
     }
 
@@ -423,7 +463,12 @@ impl<'a> Block<'a> {
             self.code.land(jump);
             match what {
                 Rare::Leave => {}
+                Rare::RestoreFlags => self.restore_flags(),
                 Rare::Tagged(tag) => self.code.op(Op::Add, S, tag),
+                Rare::TaggedRestoreFlags(tag) => {
+                    self.code.op(Op::Add, S, tag);
+                    self.restore_flags();
+                }
                 Rare::Far(target) => {
                     self.far(target);
                     continue;
@@ -549,7 +594,12 @@ impl<'a> Block<'a> {
         let (live, rip) = (insn.live, i.ip());
         match insn.kind {
             Kind::Nothing => {}
-            Kind::Interpret => self.leave_at(Site::Interpret { rip }),
+            Kind::Interpret => self.leave_at(Site::Interpret {
+                rip,
+                code: i.code(),
+                vector: insn.vector,
+                rest: 0,
+            }),
             Kind::Registers => self.registers(insn),
             Kind::Constant(value) if is_stolen(i.op0_register()) => {
                 self.code.mov_imm(S, value);
@@ -592,6 +642,13 @@ impl<'a> Block<'a> {
                 self.code.op(Op::Lea, RSP, at(RBP, 8));
                 self.code.op(Op::Mov, RBP, at(S, 0));
             }
+            Kind::MoveSegment(number) => self.move_segment(i.op0_register(), number),
+            Kind::PushFlags => self.push_flags(live, rip),
+            Kind::PopFlags => self.pop_flags(self.interpret(insn), live, rip),
+            Kind::ClearInterrupts => self.clear_interrupts(),
+            Kind::SetInterrupts => self.set_interrupts(self.interpret(insn)),
+            Kind::SwapGs => self.swap_gs(),
+            Kind::Repeat { log, moves } => self.repeat(i, log, moves, self.interpret(insn)),
             Kind::Branch(target) => self.branch(i.condition_code() as u8 - 1, target, rip),
             Kind::ShortBranch(target) => {
                 let live = self.ahead(target, 2);
@@ -648,6 +705,16 @@ impl<'a> Block<'a> {
             }
         }
         Ok(())
+    }
+
+    /// The site that leaves an instruction to the interpreter after all.
+    fn interpret(&self, insn: &Insn) -> Site {
+        Site::Interpret {
+            rip: insn.instruction.ip(),
+            code: insn.instruction.code(),
+            vector: insn.vector,
+            rest: self.rest,
+        }
     }
 
     /// Reads the 64-bit memory operand into `Env::value`.
@@ -714,6 +781,60 @@ impl<'a> Block<'a> {
         }
     }
 
+    /// Emits an instruction.
+    pub fn encode(&mut self, instruction: &Instruction) -> Result<(), Unencodable> {
+        let address = self.code.here() as u64;
+        let result = self.tools.encoder.encode(instruction, address);
+        let mut bytes = self.tools.encoder.take_buffer();
+        if result.is_ok() {
+            self.code.raw(&bytes);
+        }
+        bytes.clear();
+        self.tools.encoder.set_buffer(bytes);
+        result.map(|_| ()).map_err(|_| Unencodable)
+    }
+
+    /// The host register of guest `register`: a scratch register if that is in memory.
+    pub fn scratch_for(&self, register: Register) -> Register {
+        if register.full_register() != Register::R11 {
+            return register;
+        }
+        match register.size() {
+            8 => Register::R10,
+            4 => Register::R10D,
+            2 => Register::R10W,
+            _ => Register::R10L,
+        }
+    }
+
+    /// Loads it if need be.
+    pub fn load_for(&mut self, register: Register) {
+        if is_stolen(register) {
+            self.load(T, register.full_register().number());
+        }
+    }
+
+    /// Stores it if need be.
+    pub fn store_for(&mut self, register: Register) {
+        if is_stolen(register) {
+            self.store(register.full_register().number(), T);
+        }
+    }
+
+    /// How many stubs there are.
+    pub fn stub_count(&self) -> usize {
+        self.stubs.len()
+    }
+
+    /// Stubs from `first` on leave with flags that are in memory.
+    pub fn restore_flags_in_stubs(&mut self, first: usize) {
+        for stub in &mut self.stubs[first..] {
+            if let Rare::Tagged(tag) = stub.what {
+                stub.what = Rare::TaggedRestoreFlags(tag);
+            }
+        }
+    }
+
     /// An instruction with a memory operand.
     fn memory(&mut self, insn: &Insn, size: u8, write: bool) -> Result<(), Unencodable> {
         let i = &insn.instruction;
@@ -732,15 +853,7 @@ impl<'a> Block<'a> {
             }
             let register = i.op_register(n);
             data = Some(register.full_register().number());
-            if register.full_register() == Register::R11 {
-                let renamed = match register.size() {
-                    8 => Register::R10,
-                    4 => Register::R10D,
-                    2 => Register::R10W,
-                    _ => Register::R10L,
-                };
-                host.set_op_register(n, renamed);
-            }
+            host.set_op_register(n, self.scratch_for(register));
         }
         if let Some(number) = data {
             self.load(T, number);
@@ -748,18 +861,7 @@ impl<'a> Block<'a> {
         if insn.traps {
             self.note_trap(i);
         }
-        let address = self.code.here() as u64;
-        let len = self.tools.encoder.encode(&host, address);
-        let bytes = self.tools.encoder.take_buffer();
-        if len.is_err() {
-            return Err(Unencodable);
-        }
-        self.code.raw(&bytes);
-        self.tools.encoder.set_buffer({
-            let mut bytes = bytes;
-            bytes.clear();
-            bytes
-        });
+        self.encode(&host)?;
         let writes = i.op0_kind() == OpKind::Register
             || matches!(i.mnemonic(), Mnemonic::Xchg | Mnemonic::Xadd);
         if let Some(number) = data

@@ -175,6 +175,8 @@ pub struct Cpu {
     pub eoi: Option<u8>,
     /// Something changed that may make an event deliverable: look before the next block.
     pub check_events: bool,
+    /// An interrupt waits for IF, as of the latest look; not zero: it does.
+    pub waiting: u32,
     /// Code that this vCPU may be executing was written.
     pub code_written: bool,
 

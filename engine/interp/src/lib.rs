@@ -52,5 +52,5 @@ pub use cpu::{CodeSize, Cpu, RIP, seg};
 pub use features::host_features;
 pub use memory::canonical;
 pub use translator::{Changes, Next, Translator};
-pub use vm::request::LOOK;
+pub use vm::request::TIMER;
 pub use vm::{InterpEngine, MAX_VCPUS, create_vm};

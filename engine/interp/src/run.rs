@@ -125,6 +125,7 @@ impl<T: Translator> InterpVcpu<T> {
             held_debug: None,
             eoi: None,
             check_events: true,
+            waiting: 0,
             code_written: false,
             ticks: 0,
             tick_limit: None,
@@ -154,7 +155,8 @@ impl<T: Translator> InterpVcpu<T> {
                     return exit;
                 }
                 if !T::ABSENT {
-                    self.translator.due(c, c.timer_deadline());
+                    let deadline = c.timer_deadline();
+                    self.translator.due(c, deadline);
                 }
             }
             let stepping = c.shadow
@@ -349,6 +351,7 @@ impl Cpu {
                 self.changes.code.extend(mailbox.take_code_writes());
             }
             mailbox.take(request::LOOK);
+            self.changes.timer |= mailbox.take(request::TIMER);
             if self.tick_limit.is_some_and(|limit| self.ticks >= limit) {
                 self.check_events = true;
                 return Some(Exit::TickLimit);
@@ -366,6 +369,8 @@ impl Cpu {
                 Activity::Halted if !self.wakes() => self.sleep(mailbox, self.timer_deadline()),
                 Activity::Halted | Activity::Running => match self.take_interrupt() {
                     Taken::Nothing => {
+                        let waits = self.lapic.pending().is_some() || self.extint();
+                        self.waiting = waits.into();
                         self.repeating = false;
                         return None;
                     }

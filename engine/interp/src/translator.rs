@@ -20,7 +20,7 @@ pub trait Translator: Send + Sized {
 
     /// Events have been looked at; the next one that guest time brings is due at `deadline` (ns of guest time). A translator that does not
     /// look at the clock must see to it that the vCPU gets a request then.
-    fn due(&mut self, cpu: &Cpu, deadline: Option<u64>);
+    fn due(&mut self, cpu: &mut Cpu, deadline: Option<u64>);
 }
 
 /// What is to be done after [`Translator::run`].
@@ -76,7 +76,7 @@ impl Translator for Absent {
         Next::Interpret
     }
 
-    fn due(&mut self, _: &Cpu, _: Option<u64>) {}
+    fn due(&mut self, _: &mut Cpu, _: Option<u64>) {}
 }
 
 /// What has happened to cached translations of addresses and code since a translator looked.
@@ -94,6 +94,8 @@ pub struct Changes {
     pub protected: Vec<u64>,
     /// Guest-physical pages whose code was written.
     pub code: Vec<u64>,
+    /// The translator's timer has expired.
+    pub timer: bool,
 }
 
 /// Single changes that are kept.

@@ -39,6 +39,8 @@ pub mod request {
     pub const LOOK: u32 = 16;
     /// Code was written.
     pub const CODE: u32 = 32;
+    /// A translator's timer has expired.
+    pub const TIMER: u32 = 64;
 }
 
 /// vCPUs of one VM, at most: APIC IDs below the broadcast address, with room for the IOAPIC.
@@ -73,14 +75,17 @@ impl Engine for InterpEngine {
         Ok(Arc::new(InterpVm {
             shared: Arc::new(VmShared::new(config)?),
             make: |_: &Cpu| Ok(Absent),
+            stats: Vec::new,
         }))
     }
 }
 
 /// Makes a VM whose vCPUs run code by the translators that `make` gives.
+/// `stats` is [`EngineVm::stats`].
 pub fn create_vm<T: Translator + 'static>(
     config: VmConfig,
     make: impl Fn(&Cpu) -> Result<T, EngineError> + Send + Sync + 'static,
+    stats: impl Fn() -> Vec<(String, u64)> + Send + Sync + 'static,
 ) -> Result<Arc<dyn EngineVm>, EngineError> {
     let memory = config.memory.clone();
     let shared = Arc::new(VmShared::new(config)?);
@@ -95,20 +100,30 @@ pub fn create_vm<T: Translator + 'static>(
             vm.is_some()
         });
     }
-    Ok(Arc::new(InterpVm { shared, make }))
+    Ok(Arc::new(InterpVm {
+        shared,
+        make,
+        stats,
+    }))
 }
 
-struct InterpVm<F> {
+struct InterpVm<F, S> {
     shared: Arc<VmShared>,
     /// Makes a vCPU's translator.
     make: F,
+    stats: S,
 }
 
-impl<T, F> EngineVm for InterpVm<F>
+impl<T, F, S> EngineVm for InterpVm<F, S>
 where
     T: Translator + 'static,
     F: Fn(&Cpu) -> Result<T, EngineError> + Send + Sync,
+    S: Fn() -> Vec<(String, u64)> + Send + Sync,
 {
+    fn stats(&self) -> Vec<(String, u64)> {
+        (self.stats)()
+    }
+
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, EngineError> {
         let vm = Arc::clone(&self.shared);
         Ok(Box::new(InterpVcpu::new(index, vm, &self.make)?))

@@ -5,7 +5,7 @@ use lodger_x86::CpuState;
 
 use crate::host::{CODE_SIZE, Registers};
 use crate::machine::{CODE, DATA, DATA_PAGES, END_OF_PROGRAM, Machine, Mode, STACK_OFFSET};
-use crate::random::{GS_BASE, Piece, Rng, piece};
+use crate::random::{Context, GS_BASE, Piece, Rng, piece};
 
 /// Bytes of all data pages.
 pub const DATA_SIZE: usize = DATA_PAGES.len() * 4096;
@@ -45,7 +45,16 @@ impl Program {
         };
         before.rip = CODE + offset as u64 - mode.code_base();
         let count = 1 + rng.below(12);
-        let mut pieces: Vec<Piece> = (0..count).map(|_| piece(&mut rng, mode)).collect();
+        let nests = mode.bitness() == 64 && rng.one_in(2);
+        let context = Context {
+            mode,
+            nests,
+            calm: nests && !rng.one_in(4),
+            in_call: false,
+            kept: 0,
+            depth: 0,
+        };
+        let mut pieces: Vec<Piece> = (0..count).map(|_| piece(&mut rng, &context)).collect();
         // The end needs some room.
         while offset + pieces.iter().map(|p| p.bytes.len()).sum::<usize>() > CODE_SIZE - 32 {
             pieces.pop();
@@ -59,19 +68,37 @@ impl Program {
         }
     }
 
+    /// Programs that lack a part of this one.
+    fn smaller(&self) -> Vec<Program> {
+        let mut found = Vec::new();
+        for n in 0..self.pieces.len() {
+            let mut smaller = self.clone();
+            smaller.pieces.remove(n);
+            found.push(smaller);
+        }
+        for n in 0..self.pieces.len() {
+            for simpler in self.pieces[n].simpler() {
+                let mut smaller = self.clone();
+                smaller.pieces[n] = simpler;
+                found.push(smaller);
+            }
+        }
+        found
+    }
+
     /// The machine code without its end.
     pub fn code(&self) -> Vec<u8> {
         let mut code = Vec::new();
         for (n, piece) in self.pieces.iter().enumerate() {
             let mut bytes = piece.bytes.clone();
-            let next = CODE + (self.offset + code.len() + bytes.len()) as u64;
-            if let Some((at, target)) = piece.rip_relative {
+            for &(at, target) in &piece.rip_relative {
+                let next = CODE + (self.offset + code.len() + at + 4) as u64;
                 let distance = target.wrapping_sub(next) as u32;
                 bytes[at..at + 4].copy_from_slice(&distance.to_le_bytes());
             }
             if piece.skips_next {
                 let len = self.pieces.get(n + 1).map_or(0, |p| p.bytes.len());
-                *bytes.last_mut().expect("a branch") = len as u8;
+                *bytes.last_mut().expect("a branch") = i8::try_from(len).unwrap_or(0) as u8;
             }
             code.extend(bytes);
         }
@@ -232,16 +259,13 @@ pub fn search(mode: Mode, cases: u64, mut differences: impl FnMut(&Program) -> V
         if found.is_empty() {
             continue;
         }
-        let mut n = 0;
-        while n < program.pieces.len() {
-            let mut smaller = program.clone();
-            smaller.pieces.remove(n);
-            let still = differences(&smaller);
-            if still.is_empty() {
-                n += 1;
-            } else {
-                (program, found, n) = (smaller, still, 0);
-            }
+        while let Some(smaller) = program
+            .smaller()
+            .into_iter()
+            .map(|smaller| (differences(&smaller), smaller))
+            .find(|(still, _)| !still.is_empty())
+        {
+            (found, program) = smaller;
         }
         let (gpr, flags) = (program.before.gpr, program.before.rflags);
         println!(

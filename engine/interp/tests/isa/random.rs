@@ -8,7 +8,12 @@ use iced_x86::{
     Instruction, Mnemonic, OpKind, Register,
 };
 
-use crate::machine::{DATA, Mode};
+use crate::machine::{DATA, Mode, STACK_OFFSET};
+
+#[path = "nest.rs"]
+mod nest;
+
+pub use nest::Nest;
 
 /// A small deterministic generator (SplitMix64).
 pub struct Rng(pub u64);
@@ -66,37 +71,73 @@ impl Rng {
 pub struct Piece {
     /// Machine code.
     pub bytes: Vec<u8>,
-    /// Where in `bytes` a 32-bit RIP-relative displacement is, how many bytes of `bytes` follow until the next instruction, and the
-    /// linear address that it must lead to.
-    pub rip_relative: Option<(usize, u64)>,
+    /// Where in `bytes` 32-bit RIP-relative displacements are, and the linear addresses that they must lead to, but for the bytes
+    /// of the instruction behind them.
+    pub rip_relative: Vec<(usize, u64)>,
     /// A relative branch over the next piece: its displacement is the last byte.
     pub skips_next: bool,
+    /// What it was made from, if it has pieces inside.
+    pub nest: Option<Box<Nest>>,
+}
+
+/// What pieces have to regard.
+#[derive(Debug, Clone)]
+pub struct Context {
+    pub mode: Mode,
+    /// There are pieces with others inside.
+    pub nests: bool,
+    /// Memory operands are where they do not fault.
+    pub calm: bool,
+    /// The piece is in a function, whose stack must not be overwritten.
+    pub in_call: bool,
+    /// Bits of general registers that must not be written.
+    pub kept: u32,
+    /// How many pieces are around.
+    pub depth: u32,
 }
 
 impl Piece {
     pub fn plain(bytes: Vec<u8>) -> Piece {
         Piece {
             bytes,
-            rip_relative: None,
+            rip_relative: Vec::new(),
             skips_next: false,
+            nest: None,
         }
     }
 }
 
-/// A random piece of code for `mode`.
-pub fn piece(rng: &mut Rng, mode: Mode) -> Piece {
-    if rng.one_in(24) {
-        return branch(rng, mode);
-    }
-    if rng.one_in(40) {
-        return pop_flags(rng, mode);
+/// A random piece of code.
+pub fn piece(rng: &mut Rng, context: &Context) -> Piece {
+    if context.nests
+        && rng.one_in(5)
+        && let Some(piece) = nest::nest(rng, context)
+    {
+        return piece;
     }
     loop {
-        let bytes = random_bytes(rng, mode);
-        if let Some(piece) = complete(rng, mode, bytes) {
+        if let Some(piece) = simple(rng, context)
+            && (context.kept == 0 || piece.keeps(context.kept))
+        {
             return piece;
         }
     }
+}
+
+/// One without others inside.
+fn simple(rng: &mut Rng, context: &Context) -> Option<Piece> {
+    let mode = context.mode;
+    if rng.one_in(24) {
+        return Some(branch(rng, mode));
+    }
+    if rng.one_in(40) {
+        return Some(pop_flags(rng, mode));
+    }
+    let bytes = match context.nests && rng.one_in(3) {
+        true => frequent_bytes(rng),
+        false => random_bytes(rng, mode),
+    };
+    complete(rng, context, bytes)
 }
 
 /// A forward branch over the next piece, or a call to what follows and its return.
@@ -114,9 +155,8 @@ fn branch(rng: &mut Rng, mode: Mode) -> Piece {
     }
     bytes.extend([opcode, 0]);
     Piece {
-        bytes,
-        rip_relative: None,
         skips_next: true,
+        ..Piece::plain(bytes)
     }
 }
 
@@ -186,8 +226,64 @@ fn random_bytes(rng: &mut Rng, mode: Mode) -> Vec<u8> {
     bytes
 }
 
+/// Opcodes with a ModR/M byte that programs are mostly made of: of one byte, and behind 0f.
+const FREQUENT: &[u8] = &[
+    0x00, 0x01, 0x02, 0x03, 0x09, 0x0b, 0x10, 0x11, 0x13, 0x19, 0x1b, 0x21, 0x23, 0x29, 0x2b, 0x31,
+    0x33, 0x38, 0x39, 0x3a, 0x3b, 0x63, 0x69, 0x6b, 0x80, 0x81, 0x83, 0x84, 0x85, 0x86, 0x87, 0x88,
+    0x89, 0x8a, 0x8b, 0x8d, 0x8f, 0xc0, 0xc1, 0xc6, 0xc7, 0xd0, 0xd1, 0xd3, 0xf6, 0xf7, 0xfe, 0xff,
+];
+const FREQUENT_0F: &[u8] = &[
+    0x10, 0x11, 0x28, 0x29, 0x40, 0x42, 0x44, 0x45, 0x48, 0x4c, 0x4f, 0x58, 0x59, 0x6f, 0x7f, 0x90,
+    0x92, 0x94, 0x95, 0x98, 0x9c, 0x9f, 0xa3, 0xa4, 0xa5, 0xab, 0xac, 0xaf, 0xb0, 0xb1, 0xb3, 0xb6,
+    0xb7, 0xb8, 0xba, 0xbb, 0xbc, 0xbd, 0xbe, 0xbf, 0xc0, 0xc1, 0xc7, 0xd6, 0xef,
+];
+
+/// What 64-bit programs have most, with R10, R11, the stack and locks more often than they have.
+fn frequent_bytes(rng: &mut Rng) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    if rng.one_in(8) {
+        bytes.push(0xf0);
+    }
+    if rng.one_in(8) {
+        bytes.push(0x66);
+    }
+    if rng.one_in(12) {
+        bytes.push(rng.pick(&[0xf2, 0xf3]));
+    }
+    if !rng.one_in(4) {
+        bytes.push(0x40 | rng.below(16) as u8);
+    }
+    if rng.one_in(8) {
+        // PUSH and POP.
+        bytes.push(0x50 | rng.below(16) as u8);
+        return bytes;
+    }
+    if rng.one_in(3) {
+        bytes.extend([0x0f, rng.pick(FREQUENT_0F)]);
+    } else {
+        bytes.push(rng.pick(FREQUENT));
+    }
+    let mut number = || match rng.below(3) {
+        0 => rng.pick(&[2, 3]),
+        _ => rng.below(8) as u8,
+    };
+    let (register, other) = (number(), number());
+    let kind = rng.below(4) as u8;
+    match kind {
+        0 => bytes.push(0xc0 | register << 3 | other),
+        // [RSP+...]
+        1 => bytes.extend([0x44 | register << 3, 0x24]),
+        _ => bytes.push((rng.below(3) as u8) << 6 | register << 3 | other),
+    }
+    for _ in 0..12 {
+        bytes.push(rng.next() as u8);
+    }
+    bytes
+}
+
 /// Keeps bytes that are one permitted instruction, and aims its memory operands.
-fn complete(rng: &mut Rng, mode: Mode, mut bytes: Vec<u8>) -> Option<Piece> {
+fn complete(rng: &mut Rng, context: &Context, mut bytes: Vec<u8>) -> Option<Piece> {
+    let mode = context.mode;
     bytes.truncate(15);
     let mut decoder = Decoder::with_ip(mode.bitness(), &bytes, 0, DecoderOptions::NONE);
     let i = decoder.decode();
@@ -198,14 +294,15 @@ fn complete(rng: &mut Rng, mode: Mode, mut bytes: Vec<u8>) -> Option<Piece> {
     bytes.truncate(i.len());
     let mut piece = Piece::plain(Vec::new());
     let mut loads: Vec<(u8, u64)> = Vec::new();
-    aim(rng, mode, &i, &offsets, &mut bytes, &mut loads, &mut piece)?;
+    aim(
+        rng, context, &i, &offsets, &mut bytes, &mut loads, &mut piece,
+    )?;
     temper(rng, &i, &mut loads);
     for (register, value) in loads {
         piece.bytes.extend(load(mode, register, value));
     }
-    if let Some((at, _)) = &mut piece.rip_relative {
-        *at += piece.bytes.len();
-    }
+    let before = piece.bytes.len();
+    (piece.rip_relative.iter_mut()).for_each(|(at, _)| *at += before);
     piece.bytes.extend(bytes);
     if leaves_overflow_undefined(&i) {
         // TEST AL, AL: nothing depends on the flag.
@@ -339,8 +436,8 @@ fn permitted(i: &Instruction, mode: Mode) -> bool {
 }
 
 /// A place in or around the data pages, relative to their start.
-fn target(rng: &mut Rng) -> u64 {
-    let offset = match rng.below(32) {
+fn target(rng: &mut Rng, calm: bool) -> u64 {
+    let offset = match rng.below(if calm { 25 } else { 32 }) {
         0..20 => rng.below(0x1f00),
         20..25 => 0x1000_u64.wrapping_sub(rng.below(40)),
         25..28 => 0x2000_u64.wrapping_sub(rng.below(40)),
@@ -360,7 +457,7 @@ fn bits_mask(bits: u32) -> u64 {
 /// Chooses registers or displacements so that memory operands lead to a [`target`]. `None`: it cannot be done.
 fn aim(
     rng: &mut Rng,
-    mode: Mode,
+    context: &Context,
     i: &Instruction,
     offsets: &ConstantOffsets,
     bytes: &mut [u8],
@@ -377,9 +474,16 @@ fn aim(
         Mnemonic::Vmaskmovps | Mnemonic::Vmaskmovpd | Mnemonic::Vpmaskmovd | Mnemonic::Vpmaskmovq
     ) || i.op_kinds().any(|k| k == OpKind::Memory)
         && !i.memory_size().size().is_power_of_two();
-    let target = |rng: &mut Rng| match parts {
-        true => rng.below(0x1f) << 7,
-        false => target(rng),
+    let mode = context.mode;
+    let target = |rng: &mut Rng| {
+        let offset = match parts {
+            true => rng.below(0x1f) << 7,
+            false => target(rng, context.calm),
+        };
+        match context.in_call && NEAR_STACK.contains(&offset) {
+            true => offset - 0x800,
+            false => offset,
+        }
     };
     let segment_base = DATA - if mode.bitness() == 16 { DATA } else { 0 };
     // The bits of a register above the address size are random.
@@ -434,7 +538,7 @@ fn aim(
         Some(())
     };
     if base.is_ip() {
-        piece.rip_relative = Some((offsets.displacement_offset(), at));
+        piece.rip_relative = vec![(offsets.displacement_offset(), at)];
         return Some(());
     }
     let (base_bits, index_bits) = (base.size() as u32 * 8, index.size() as u32 * 8);
@@ -442,6 +546,28 @@ fn aim(
     if i.mnemonic() == Mnemonic::Xlatb {
         loads.push((3, upper(rng, at, base_bits)));
         return Some(());
+    }
+    if base == Register::RSP && index == Register::None && rng.one_in(2) {
+        // The stack as it is, but no return address.
+        let far = matches!(
+            i.mnemonic(),
+            Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
+        );
+        let near = match context.in_call {
+            true => -0x28 - rng.below(0x50) as i8,
+            false => rng.next() as i8,
+        };
+        let (from, len) = (offsets.displacement_offset(), offsets.displacement_size());
+        match len {
+            _ if context.in_call && far => {}
+            1 => {
+                bytes[from] = near as u8;
+                return Some(());
+            }
+            0 if !context.in_call => return Some(()),
+            0 => {}
+            _ => return patch(near as u64),
+        }
     }
     match (base, index) {
         (Register::None, Register::None) => patch(at),
@@ -482,6 +608,9 @@ fn aim(
         }
     }
 }
+
+/// Offsets in the data pages around a function's stack: what strings and bit offsets reach included.
+const NEAR_STACK: std::ops::Range<u64> = STACK_OFFSET - 0x200..STACK_OFFSET + 0x200;
 
 /// The base of GS in 64-bit mode.
 pub const GS_BASE: u64 = 0x7123;
