@@ -249,7 +249,8 @@ static void toggle(u32 cpu)
         while (toggling)
             let_in();
     } else if (cpu == 1) {
-        for (u32 i = 0; i < 300; i++) {
+        u32 rounds = has_option("limited") ? 40 : 300;
+        for (u32 i = 0; i < rounds; i++) {
             u32 before = taken;
             uart_request();
             /* At various moments, and every fourth time after it is taken. */
