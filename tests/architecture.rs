@@ -26,7 +26,7 @@ devices/virtio: memory/address_space devices/device_model memory/guest_memory de
 devices/virtio_devices: backends/block backends/net support/clock devices/device_model memory/address_space memory/guest_memory devices/pci devices/virtio
 backends/block: support/host_sys
 backends/char: support/clock support/host_sys
-backends/net: support/clock
+backends/net: support/clock support/host_sys
 machine/loader: memory/guest_memory isa/x86 machine/tables
 machine/tables:
 machine/board: memory/address_space backends/block backends/char backends/net devices/chipset support/clock devices/device_model memory/guest_memory machine/loader devices/pci machine/tables engine/vcpu devices/virtio devices/virtio_devices isa/x86 test:engine/interp

@@ -3,15 +3,17 @@
 //! A [`NetBackend`] takes Ethernet frames from a card and gives it others. A frame travels with a [`PacketHeader`] in front, by
 //! which either side leaves checksums and the cutting of large TCP segments to the other: that is where the speed is.
 //!
-//! [`UserNet`] is a network of one card with a gateway to the host's sockets; it needs no privileges.
+//! [`UserNet`] is a network of one card with a gateway to the host's sockets; it needs no privileges. [`TapNet`] is an interface of the
+//! host's, which somebody with privileges has made.
 //!
 //! Threads: `send`, `flush` and `room` are called on the card's threads, one at a time or several; the backend offers frames to
 //! the card on any thread, also inside of these calls. The card must not hold a lock then that it takes when a frame is
 //! offered.
 //!
-//! Limits: no tap devices and no switches between cards yet.
+//! Limits: no switches between cards yet.
 
 mod header;
+mod tap;
 mod user;
 
 use std::sync::Weak;
@@ -19,6 +21,7 @@ use std::sync::Weak;
 use lodger_clock::InputPort;
 
 pub use header::{Gso, HEADER_LEN, PacketHeader};
+pub use tap::TapNet;
 pub use user::{Forward, ForwardError, NetError, Protocol, UserNet, UserNetSpec, addresses};
 
 /// What a card leaves to, or takes over from, the other side.

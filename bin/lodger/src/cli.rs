@@ -135,8 +135,10 @@ pub struct RunArgs {
     /// `,ro` makes it read-only; with `,temp` what is written to it is forgotten at the end
     #[arg(long = "disk", value_name = "FILE[,ro|,temp]")]
     pub disks: Vec<Disk>,
-    /// The network
-    #[arg(long, value_name = "NETWORK", value_enum, default_value_t = NetChoice::User)]
+    /// The network: `user`: the guest reaches what the host reaches, and the host at 10.0.2.2, without
+    /// root; `isolated`: the guest reaches nobody, but its published ports can be reached; `tap=NAME`:
+    /// a TAP interface of the host's; or `none`
+    #[arg(long, value_name = "NETWORK", default_value = "user")]
     pub net: NetChoice,
     /// Open a port of the host that leads to one of the guest; without ADDRESS on all of the
     /// host's (repeatable)
@@ -176,14 +178,31 @@ pub enum DeviceChoice {
     VirtioConsole,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+/// A network, as on the command line.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NetChoice {
-    /// The guest reaches what the host reaches, and the host itself at 10.0.2.2; needs no root
+    /// The host's sockets, and the host itself at 10.0.2.2.
     User,
-    /// The guest reaches nobody; its published ports can be reached
+    /// Published ports only.
     Isolated,
-    /// No network
+    /// No network.
     None,
+    /// A TAP interface.
+    Tap(String),
+}
+
+impl FromStr for NetChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<NetChoice, String> {
+        match text.split_once('=') {
+            None if text == "user" => Ok(NetChoice::User),
+            None if text == "isolated" => Ok(NetChoice::Isolated),
+            None if text == "none" => Ok(NetChoice::None),
+            Some(("tap", name)) if !name.is_empty() => Ok(NetChoice::Tap(name.into())),
+            _ => Err("networks are user, isolated, none and tap=NAME".into()),
+        }
+    }
 }
 
 /// A disk, as on the command line.
@@ -292,6 +311,7 @@ mod tests {
             "run --kernel k --initrd i --append -x --disk a --disk b,ro --device debug-exit",
             "run --append quiet -v -q --no-reboot --engine interp --cpu v3",
             "run --net none",
+            "run --net tap=tap0",
             "run --net isolated -p 80:80",
             "run -p 8080:80 --publish 127.0.0.1:5353:53/udp --net user",
             "image list",
@@ -312,6 +332,8 @@ mod tests {
             "run --cpus 0",
             "run --cpus -1",
             "run --net tap",
+            "run --net tap=",
+            "run --net bridge=br0",
             "run -p 80",
             "image remove",
             "fly",

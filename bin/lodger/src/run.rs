@@ -29,8 +29,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Runs a VM to its end.
 pub fn run(args: &RunArgs, quiet: bool) -> Result<ExitCode, Error> {
-    if args.net == NetChoice::None && !args.publish.is_empty() {
-        let text = "ports are published on a network; leave out --net none, or --publish";
+    let own_network = matches!(args.net, NetChoice::User | NetChoice::Isolated);
+    if !own_network && !args.publish.is_empty() {
+        let text = "ports are published on networks that Lodger makes: --net user or isolated";
         return Err(Error::Usage(text.into()));
     }
     let chosen = registry::choose(args.engine)?;
@@ -132,14 +133,16 @@ fn machine_spec(
 }
 
 fn nets(args: &RunArgs) -> Vec<NetSpec> {
-    match args.net {
-        NetChoice::None => Vec::new(),
-        choice => vec![NetSpec::new(NetworkSpec::User(UserNetSpec {
+    let network = match &args.net {
+        NetChoice::None => return Vec::new(),
+        NetChoice::Tap(name) => NetworkSpec::Tap { name: name.clone() },
+        choice @ (NetChoice::User | NetChoice::Isolated) => NetworkSpec::User(UserNetSpec {
             publish: args.publish.clone(),
-            isolated: choice == NetChoice::Isolated,
+            isolated: *choice == NetChoice::Isolated,
             ..UserNetSpec::default()
-        }))],
-    }
+        }),
+    };
+    vec![NetSpec::new(network)]
 }
 
 /// What to boot, and the root disk of an image that has one.

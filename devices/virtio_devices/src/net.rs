@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use lodger_clock::InputPort;
 use lodger_device_model::{Payload, RestoreError};
-use lodger_net::{HEADER_LEN, NetBackend, NetError, Offloads, UserNet, UserNetSpec};
+use lodger_net::{HEADER_LEN, NetBackend, NetError, Offloads, TapNet, UserNet, UserNetSpec};
 use lodger_virtio::{Activation, Chain, Queue, VirtioDevice, VirtioPci, Wiring, read_config};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
@@ -51,6 +51,11 @@ pub struct NetSpec {
 pub enum NetworkSpec {
     /// A network of its own, with a gateway to the host's sockets.
     User(UserNetSpec),
+    /// A TAP interface of the host's.
+    Tap {
+        /// The interface.
+        name: String,
+    },
 }
 
 /// Locally administered, unicast.
@@ -71,6 +76,7 @@ impl NetSpec {
     pub fn build(&self, name: &str, wiring: &Wiring) -> Result<Arc<VirtioPci>, NetError> {
         let backend: Arc<dyn NetBackend> = match &self.network {
             NetworkSpec::User(spec) => Arc::new(UserNet::start(spec)?),
+            NetworkSpec::Tap { name } => Arc::new(TapNet::start(name)?),
         };
         let net = Net::new(name, self.mac, backend)?;
         Ok(VirtioPci::new(name, net, wiring))

@@ -84,8 +84,18 @@ pub enum NetError {
         /// The host's reason.
         source: io::Error,
     },
+    /// A TAP interface cannot be had.
+    #[error(
+        "cannot attach to the TAP interface {name}: {source}; root makes one for you by: ip tuntap add {name} mode tap user YOU"
+    )]
+    Tap {
+        /// Its name.
+        name: String,
+        /// The host's reason.
+        source: io::Error,
+    },
     /// The host lacks something else.
-    #[error("cannot make a user-mode network: {0}")]
+    #[error("cannot make a network: {0}")]
     Host(#[from] io::Error),
 }
 

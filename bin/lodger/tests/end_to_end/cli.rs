@@ -155,7 +155,7 @@ fn wrong_arguments() {
         (&["run", "--device", "toaster"], "--device"),
         (&["run", "--initrd", "x"], "--kernel"),
         (&["run", "-p", "80"], "8080:80"),
-        (&["run", "--net", "none", "-p", "80:80"], "--net none"),
+        (&["run", "--net", "none", "-p", "80:80"], "--net user"),
         (&["fly"], "fly"),
         (&[], "Usage"),
         (&["run", "no-such-image"], "known images: mini"),
