@@ -16,7 +16,7 @@ pub struct Candidate {
 pub fn all() -> Vec<Candidate> {
     let engines: [Box<dyn Engine>; 3] = [
         Box::new(InterpEngine),
-        Box::new(DbtEngine::default()),
+        Box::<DbtEngine>::default(),
         Box::new(KvmEngine::new()),
     ];
     let mut usable = Vec::new();

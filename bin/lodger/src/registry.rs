@@ -28,9 +28,13 @@ const SOFTWARE_TSC_KHZ: u32 = 2_000_000;
 pub fn engines() -> Vec<Box<dyn Engine>> {
     vec![
         Box::new(KvmEngine::default()),
-        Box::new(DbtEngine::default()),
+        dbt(),
         Box::new(InterpEngine),
     ]
+}
+
+fn dbt() -> Box<dyn Engine> {
+    Box::<DbtEngine>::default()
 }
 
 /// The engine that the user asked for, or the best one that works here.
@@ -50,7 +54,7 @@ pub fn choose(choice: EngineChoice) -> Result<Chosen, Error> {
     };
     match choice {
         EngineChoice::Dbt => match DbtEngine::default().probe() {
-            Ok(_) => Ok(software(Box::new(DbtEngine::default()), "asked for".into())),
+            Ok(_) => Ok(software(dbt(), "asked for".into())),
             Err(error) => Err(Error::Engine(format!(
                 "{error}; --engine interp works everywhere"
             ))),
@@ -83,7 +87,10 @@ pub fn choose(choice: EngineChoice) -> Result<Chosen, Error> {
                 "not kvm: {} (more: lodger doctor)",
                 first_sentence(&why_not)
             );
-            Ok(software(Box::new(InterpEngine), reason))
+            Ok(match DbtEngine::default().probe() {
+                Ok(_) => software(dbt(), reason),
+                Err(error) => software(Box::new(InterpEngine), format!("{reason}; {error}")),
+            })
         }
     }
 }

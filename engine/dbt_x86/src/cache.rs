@@ -26,12 +26,14 @@ use crate::emit::{Code, distance};
 use crate::env::{Env, JUMP_SLOTS, Layout};
 use crate::routines::{Routines, assemble};
 use crate::stats::Counters;
-use crate::translate::{Block as Translation, Mode, Site, Source, Tools, Trap};
+use crate::translate::{Block as Translation, Mode, Site, Source, Tools, Translated, Trap};
 
 /// Bytes of translated code that the vCPUs of a VM hold together, at most.
 const TOTAL: usize = 32 << 20;
 /// Room that a block may need.
 const BLOCK: usize = 64 << 10;
+/// Bytes of an instruction, at most.
+const LONGEST: usize = 15;
 /// Sites that are kept, at most: the code cache is full before.
 const MAX_SITES: usize = 1 << 22;
 
@@ -44,6 +46,8 @@ const USER: usize = MmuIndex::User as usize;
 struct Block {
     linear: u64,
     physical: u64,
+    /// The other page, if it is an instruction that crosses the page's end.
+    second: Option<u64>,
     mode: Mode,
     global: bool,
     /// Host addresses of the checked entry and of the body.
@@ -237,12 +241,20 @@ impl Cache {
         let found = candidates.and_then(|ids| {
             let right = |id: &&BlockId| {
                 let block = &self.blocks[**id as usize];
-                block.physical == physical && block.global == global && block.mode == mode
+                block.physical == physical && (!block.global || global) && block.mode == mode
             };
             ids.iter().find(right).copied()
         });
         if let Some(id) = found {
-            if !self.blocks[id as usize].stale || self.revive(cpu, id) {
+            let block = &self.blocks[id as usize];
+            let second = block.second;
+            let crosses_alike = second.is_none_or(|page| {
+                let next = (linear & !0xfff).wrapping_add(0x1000);
+                cpu.fetch(next)
+                    .is_ok_and(|(physical, _)| physical & !0xfff == page)
+            });
+            let current = !block.stale || second.is_none() && self.revive(cpu, id);
+            if current && crosses_alike {
                 return Some(id);
             }
             let key = (linear, mode.mmu as u8);
@@ -282,33 +294,25 @@ impl Cache {
             self.clear(env);
         }
         cpu.watch(physical)?;
-        let mut page = [0; 4096];
-        cpu.peek(physical & !0xfff, &mut page);
-        let source = Source {
-            linear,
-            page: &page,
-            global,
-            mode,
-        };
+        let mut page = [0; 4096 + LONGEST];
+        cpu.peek(physical & !0xfff, &mut page[..4096]);
+        let mut second = None;
         let base = self.memory.next(16);
-        let mut code = Code::new(base, std::mem::take(&mut self.buffer));
-        let routines = self.routines_of(mode.mmu);
-        let routines = (routines.leave, routines.miss);
-        let translated = Translation::new(
-            &mut self.tools,
-            &self.layout,
-            &source,
-            routines,
-            &mut code,
-            &mut self.sites,
-        )
-        .translate();
-        self.buffer = code.bytes;
+        let mut translated = self.translate_bytes(linear, &page[..4096], global, mode);
+        if translated.is_none() {
+            // The instruction goes on in the next page.
+            let (next, next_global) = cpu.fetch((linear & !0xfff).wrapping_add(0x1000)).ok()?;
+            cpu.watch(next)?;
+            cpu.peek(next, &mut page[4096..]);
+            second = Some(next & !0xfff);
+            translated = self.translate_bytes(linear, &page, global && next_global, mode);
+        }
         let translated = translated?;
         self.memory.push(&self.buffer, 16).expect("there is room");
         let block = Block {
             linear,
             physical,
+            second,
             mode,
             global,
             entry: base as u32,
@@ -334,8 +338,41 @@ impl Cache {
             .entry((linear, mode.mmu as u8))
             .or_default()
             .push(id);
-        self.by_page.entry(physical & !0xfff).or_default().push(id);
+        for page in second.into_iter().chain([physical & !0xfff]) {
+            self.by_page.entry(page).or_default().push(id);
+        }
         Some(id)
+    }
+
+    /// Translates into the buffer.
+    fn translate_bytes(
+        &mut self,
+        linear: u64,
+        page: &[u8],
+        global: bool,
+        mode: Mode,
+    ) -> Option<Translated> {
+        let source = Source {
+            linear,
+            page,
+            global,
+            mode,
+        };
+        let buffer = std::mem::take(&mut self.buffer);
+        let mut code = Code::new(self.memory.next(16), buffer);
+        let routines = self.routines_of(mode.mmu);
+        let routines = (routines.leave, routines.miss);
+        let translated = Translation::new(
+            &mut self.tools,
+            &self.layout,
+            &source,
+            routines,
+            &mut code,
+            &mut self.sites,
+        )
+        .translate();
+        self.buffer = code.bytes;
+        translated
     }
 
     /// Host address at which a block is entered when it is known to be the right one.
@@ -352,6 +389,9 @@ impl Cache {
             return;
         };
         let block = &mut self.blocks[id as usize];
+        if block.second.is_some() && !block.global {
+            return;
+        }
         if leaves_page {
             if !block.global {
                 return;

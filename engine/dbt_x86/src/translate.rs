@@ -82,8 +82,8 @@ impl Mode {
 pub struct Source<'a> {
     /// Linear address.
     pub linear: u64,
-    /// The whole page.
-    pub page: &'a [u8; 4096],
+    /// The whole page, and for an instruction that crosses its end some bytes of the next one.
+    pub page: &'a [u8],
     /// The page is mapped in all address spaces.
     pub global: bool,
     pub mode: Mode,
@@ -165,6 +165,8 @@ pub struct Block<'a> {
     total: u8,
     pub rest: u8,
     seen: Range<usize>,
+    /// The next instruction crosses the page's end.
+    crossing_follows: bool,
 }
 
 /// The instruction cannot be encoded.
@@ -193,6 +195,7 @@ impl<'a> Block<'a> {
             total: 0,
             rest: 0,
             seen: (source.linear & 0xfff) as usize..(source.linear & 0xfff) as usize,
+            crossing_follows: false,
         }
     }
 
@@ -218,9 +221,14 @@ impl<'a> Block<'a> {
         let bytes = &self.source.page[start..];
         let mut decoder = Decoder::with_ip(64, bytes, self.source.linear, DecoderOptions::NONE);
         let mut instruction = Instruction::default();
-        while insns.len() < MAX_INSNS && decoder.can_decode() {
+        let most = match self.source.page.len() {
+            4096 => MAX_INSNS,
+            _ => 1,
+        };
+        while insns.len() < most && decoder.can_decode() {
             decoder.decode_out(&mut instruction);
             if decoder.last_error() == DecoderError::NoMoreBytes {
+                self.crossing_follows = true;
                 break;
             }
             self.saw(&instruction);
@@ -348,8 +356,13 @@ impl<'a> Block<'a> {
             self.rest = self.rest.saturating_sub(1);
         }
         if !ended {
-            let live = self.ahead(end, 1);
-            self.go(end, end, live);
+            if self.crossing_follows && !self.source.global {
+                // What follows depends on the mapping of two pages.
+                self.far(end);
+            } else {
+                let live = self.ahead(end, 1);
+                self.go(end, end, live);
+            }
         }
         self.emit_stubs();
         (body, end.wrapping_sub(start) as usize, count)
