@@ -198,20 +198,18 @@ struct Found {
     writable: Buffers,
 }
 
-/// The next chain of the available ring. In any case the driver is asked to notify of what it adds from now on.
+/// The next chain of the available ring. If there is none, the driver is asked to notify of what it adds from now on; as long as
+/// there are some, the device does not sleep and need not be told.
 fn next(ring: &mut virtio_queue::Queue, memory: &GuestMemory) -> Result<Option<Found>, String> {
     let text = |e: virtio_queue::Error| e.to_string();
     let m = memory.inner();
-    let taken = ring.iter(m).map_err(text)?.next();
-    let more = ring.enable_notification(m).map_err(text)?;
-    let chain = match taken {
-        Some(chain) => chain,
+    let mut taken = ring.iter(m).map_err(text)?.next();
+    if taken.is_none() && ring.enable_notification(m).map_err(text)? {
         // It came while notifications were off.
-        None if more => match ring.iter(m).map_err(text)?.next() {
-            Some(chain) => chain,
-            None => return Ok(None),
-        },
-        None => return Ok(None),
+        taken = ring.iter(m).map_err(text)?.next();
+    }
+    let Some(chain) = taken else {
+        return Ok(None);
     };
     if chain.head_index() >= ring.size() {
         return Err(format!(
