@@ -418,7 +418,9 @@ impl Setup<'_> {
 /// files that there are, then come those that have changed.
 fn merge(tree: &mut Tree, archive: impl io::Read, store: &mut Store) -> io::Result<()> {
     let mut paths = None;
-    archive::read(archive, store, |path, node| {
+    archive::read(archive, store, |path, mut node| {
+        // Access control lists are left to systemd-tmpfiles, which sets them at each start.
+        node.xattrs.retain(|name, _| !name.starts_with("system."));
         match (&node.kind, &paths) {
             (Kind::File(content), None) if path == "lodger-paths" => {
                 let text = String::from_utf8_lossy(&content.bytes()?).into_owned();
