@@ -154,6 +154,9 @@ pub(crate) fn apply(tree: &mut Tree, options: &BuildOptions, sources_list: &str)
     );
 
     tree.symlink("etc/resolv.conf", "../run/systemd/resolve/stub-resolv.conf");
+    if tree.get("var/lib/dbus").is_some() {
+        tree.symlink("var/lib/dbus/machine-id", "/etc/machine-id");
+    }
     for unit in MASKED {
         tree.symlink(&format!("{UNITS}/{unit}"), "/dev/null");
     }

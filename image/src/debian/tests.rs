@@ -173,6 +173,7 @@ fn settings_of_an_image() {
     for (path, data) in [
         ("etc/machine-id", "0123"),
         ("etc/shadow-", "x"),
+        ("var/lib/dbus/machine-id", "0123"),
         ("etc/ssh/ssh_host_rsa_key", "secret"),
         ("var/log/apt/history.log", "x"),
         ("lodger/setup", "x"),
@@ -199,6 +200,8 @@ fn settings_of_an_image() {
         let bytes = tree.content(path).unwrap().bytes().unwrap();
         assert_eq!(String::from_utf8(bytes).unwrap(), expected, "{path}");
     }
+    let id = &tree.get("var/lib/dbus/machine-id").unwrap().kind;
+    assert!(matches!(id, Kind::Symlink(to) if to == "/etc/machine-id"));
     let keys = tree.get("home/me/.ssh/authorized_keys").unwrap();
     assert_eq!((keys.owner, keys.permissions), ((1000, 1000), 0o600));
     for gone in [
