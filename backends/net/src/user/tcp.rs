@@ -39,6 +39,8 @@ const BUFFER: usize = 256 << 10;
 const MOST_FLOWS: usize = 4096;
 /// How long the card may take to answer a connection from outside.
 const ANSWER_TIME: Duration = Duration::from_secs(30);
+/// How long a small segment waits for an answer that its acknowledgement can travel with: a packet less for the card.
+const ACK_DELAY: Duration = Duration::from_millis(2);
 /// The largest IP packet.
 const LARGEST: usize = 65535;
 /// Offset of the checksum in a TCP header.
@@ -303,7 +305,7 @@ impl Tcp {
         flow.feed_host();
         flow.feed_card();
         flow.transmit(link, now);
-        if flow.is_over() {
+        if flow.is_over(now) {
             return self.remove(token);
         }
         let due = flow.due(now);
@@ -319,7 +321,7 @@ impl Flow {
         let buffer = || SocketBuffer::new(vec![0; BUFFER]);
         let mut socket = Socket::new(buffer(), buffer());
         socket.set_nagle_enabled(false);
-        socket.set_ack_delay(None);
+        socket.set_ack_delay(Some(ACK_DELAY));
         let mut sockets = SocketSet::new(Vec::with_capacity(1));
         let handle = sockets.add(socket);
         Flow {
@@ -411,13 +413,15 @@ impl Flow {
     }
 
     /// Whether nothing is left to do; a connection that did not end in order is broken off on the host's side too.
-    fn is_over(&mut self) -> bool {
+    fn is_over(&mut self, now: Instant) -> bool {
         let (state, left) = (self.socket().state(), self.socket().recv_queue());
         if !matches!(state, State::Closed | State::TimeWait | State::Listen) {
             return false;
         }
         if self.card_ended && self.host_ended && !self.broken {
-            return left == 0;
+            // The last acknowledgement may still be waiting.
+            let soon = now + ACK_DELAY * 2;
+            return left == 0 && self.due(now).is_none_or(|due| due > soon);
         }
         self.reset_host();
         true
