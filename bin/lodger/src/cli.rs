@@ -160,13 +160,13 @@ pub struct RunArgs {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum EngineChoice {
-    /// kvm if this host has it and it can run stock systems, otherwise interp
+    /// kvm if this host has it and it can run stock systems, otherwise dbt
     Auto,
     /// The host processor's virtualization, through /dev/kvm
     Kvm,
     /// The interpreter: works everywhere, slowly
     Interp,
-    /// The binary translator (not there yet)
+    /// The binary translator: fast without the processor's virtualization; needs AVX2 and BMI2
     Dbt,
 }
 
