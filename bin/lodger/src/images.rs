@@ -49,15 +49,16 @@ fn build_options(options: &ImageOptions) -> Result<BuildOptions, Error> {
         let text = std::fs::read_to_string(path)
             .map_err(|error| Error::Usage(format!("--ssh-key {}: {error}", path.display())))?;
         let keys = text.lines().map(str::trim);
-        let keys = keys.filter(|line| !line.is_empty() && !line.starts_with('#'));
-        let before = ssh_keys.len();
-        ssh_keys.extend(keys.map(str::to_owned));
-        if text.contains("PRIVATE KEY") || ssh_keys.len() == before {
+        let keys: Vec<&str> = keys
+            .filter(|line| !line.is_empty() && !line.starts_with('#'))
+            .collect();
+        if keys.is_empty() || !keys.iter().all(|line| is_public_key(line)) {
             let path = path.display();
             return Err(Error::Usage(format!(
                 "--ssh-key {path}: it holds no public key; the public half is in a file that ends in .pub"
             )));
         }
+        ssh_keys.extend(keys.into_iter().map(str::to_owned));
     }
     Ok(BuildOptions {
         size: options.size,
@@ -65,6 +66,13 @@ fn build_options(options: &ImageOptions) -> Result<BuildOptions, Error> {
         user: options.user.clone(),
         ssh_keys,
     })
+}
+
+/// A line of `authorized_keys`, see sshd(8): perhaps options, then the type of the key and the key.
+fn is_public_key(line: &str) -> bool {
+    let mut words = line.split_whitespace();
+    let types = ["ssh-", "ecdsa-sha2-", "sk-"];
+    words.any(|word| types.iter().any(|prefix| word.starts_with(prefix))) && words.next().is_some()
 }
 
 /// Runs the machines of a build: `lodger run`, in processes of their own.
@@ -189,5 +197,24 @@ impl Progress for Bar {
 
     fn advance(&mut self, done: u64) {
         self.bar.set_position(done);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn public_keys() {
+        for (line, expected) in [
+            ("ssh-ed25519 AAAAC3Nza me@host", true),
+            ("sk-ssh-ed25519@openssh.com AAAAG", true),
+            ("no-pty,command=\"a b\" ecdsa-sha2-nistp256 AAAAE", true),
+            ("ssh-ed25519", false),
+            ("-----BEGIN OPENSSH PRIVATE KEY-----", false),
+            ("debian", false),
+        ] {
+            assert_eq!(is_public_key(line), expected, "{line}");
+        }
     }
 }

@@ -75,7 +75,9 @@ impl Error {
         match self {
             Error::Usage(_)
             | Error::Build(BuildError::Spec(_) | BuildError::Cpu(_))
-            | Error::Image(lodger_image::Error::UnknownImage { .. }) => USAGE,
+            | Error::Image(
+                lodger_image::Error::UnknownImage { .. } | lodger_image::Error::Option { .. },
+            ) => USAGE,
             _ => HOST_FAILURE,
         }
     }
