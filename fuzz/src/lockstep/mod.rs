@@ -208,6 +208,9 @@ struct LockstepVcpu {
     due: u64,
 }
 
+/// Guest time in ns that is not waited for.
+const SOON: Nanos = 50_000;
+
 /// What a person reads when the engines differ.
 fn difference(text: String) -> EngineError {
     EngineError::Internal(text)
@@ -272,17 +275,33 @@ impl LockstepVcpu {
         Ok(())
     }
 
-    /// Lets time pass until something may wake the halted vCPU. False: nothing will.
-    fn wait(&mut self, state: &CpuState) -> bool {
-        let own = Lapic::new(state.lapic.clone()).next_deadline();
-        let own = own.map(|deadline| match deadline {
-            Deadline::Ns(ns) => ns,
+    /// Guest time in ns at which the local APIC's timer expires.
+    fn timer_deadline(&self, state: &CpuState) -> Option<Nanos> {
+        match Lapic::new(state.lapic.clone()).next_deadline()? {
+            Deadline::Ns(ns) => Some(ns),
             Deadline::Tsc(tsc) => {
                 let cycles = u128::from(tsc.saturating_sub(state.tsc_base));
                 let khz = u128::from(self.config.model.tsc_khz.max(1));
-                (cycles * 1_000_000).div_ceil(khz) as u64
+                Some((cycles * 1_000_000).div_ceil(khz) as u64)
             }
-        });
+        }
+    }
+
+    /// Skips a short wait for the timer: an engine that watches it by host time must not find it about to expire in guest time that
+    /// stands still.
+    fn skip_to_timer(&mut self, state: &CpuState) {
+        let now = self.clock.now();
+        if let Some(deadline) = self.timer_deadline(state)
+            && (now..now + SOON).contains(&deadline)
+        {
+            self.idle += deadline - now;
+            self.advance_clock();
+        }
+    }
+
+    /// Lets time pass until something may wake the halted vCPU. False: nothing will.
+    fn wait(&mut self, state: &CpuState) -> bool {
+        let own = self.timer_deadline(state);
         let next = [own, self.clock.next_deadline()].into_iter().flatten();
         let Some(next) = next.min() else {
             return false;
@@ -317,6 +336,7 @@ impl Vcpu for LockstepVcpu {
                 return Ok(Exit::Kicked);
             }
             let state = self.pair.follower.vcpu.store()?;
+            self.skip_to_timer(&state);
             if state.activity == Activity::Halted
                 && self.shared.inputs().is_empty()
                 && !self.wait(&state)
