@@ -341,7 +341,9 @@ impl Translator for Dbt {
             };
         }
         if let Some(timer) = &self.timer {
-            let left = |deadline: u64| deadline.saturating_sub(cpu.guest_time());
+            // If guest time stands still, instructions must be executed between two expiries.
+            let least = if expired { 20_000 } else { 1 };
+            let left = |deadline: u64| deadline.saturating_sub(cpu.guest_time()).max(least);
             timer.set(deadline.map(left).map(Duration::from_nanos));
         }
     }
