@@ -230,7 +230,8 @@ impl Pair {
         inputs.iter().for_each(|input| self.follower.give(input));
     }
 
-    /// The leader's part of a step. A kick ends it only if the vCPU has halted.
+    /// The leader's part of a step. A kick ends it only if the vCPU has halted, or waits for
+    /// time to pass: two kicks at the same instruction.
     pub fn lead(&mut self, step: &Step) -> Result<Exit, EngineError> {
         for input in &step.inputs {
             self.leader.give(input);
@@ -240,9 +241,15 @@ impl Pair {
             }
         }
         let mut entry = step.entry;
+        let mut kicked_at = None;
         loop {
             let exit = self.leader.run(entry, step.limit)?;
-            if exit != Exit::Kicked || self.leader.vcpu.store()?.activity != Activity::Running {
+            let ticks = self.leader.ticks();
+            let stands = kicked_at.replace(ticks) == Some(ticks);
+            if exit != Exit::Kicked
+                || stands
+                || self.leader.vcpu.store()?.activity != Activity::Running
+            {
                 return Ok(exit);
             }
             // It was just slow. Instructions do not tell where it is: it may have taken an exception since the latest one.
