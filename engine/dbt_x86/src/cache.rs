@@ -287,7 +287,7 @@ impl Cache {
         env: &mut Env,
         linear: u64,
         physical: u64,
-        global: bool,
+        mut global: bool,
         mode: Mode,
     ) -> Option<BlockId> {
         if self.memory.room() < BLOCK || self.sites.len() > MAX_SITES {
@@ -305,7 +305,8 @@ impl Cache {
             cpu.watch(next)?;
             cpu.peek(next, &mut page[4096..]);
             second = Some(next & !0xfff);
-            translated = self.translate_bytes(linear, &page, global && next_global, mode);
+            global &= next_global;
+            translated = self.translate_bytes(linear, &page, global, mode);
         }
         let translated = translated?;
         self.memory.push(&self.buffer, 16).expect("there is room");
@@ -400,7 +401,10 @@ impl Cache {
             self.reached.insert(block.linear >> 12);
         }
         self.counters.links += 1;
-        block.incoming.push(site);
+        // It may be there from before a flush; the guest must not make the list grow.
+        if !block.incoming.contains(&site) {
+            block.incoming.push(site);
+        }
         self.memory.patch(
             patch as usize,
             distance(patch as usize, block.body as usize),

@@ -230,10 +230,8 @@ impl Insn {
                 | Code::Jecxz_rel8_64 => target(&i, Kind::ShortBranch),
                 _ => Kind::Interpret,
             },
-            _ if i.is_jcc_short_or_near() => match i.near_branch64() >> 47 {
-                0 | 0x1ffff if i.op0_kind() == OpKind::NearBranch64 => {
-                    Kind::Branch(i.near_branch64())
-                }
+            _ if i.is_jcc_short_or_near() => match i.op0_kind() {
+                OpKind::NearBranch64 => target(&i, Kind::Branch),
                 _ => Kind::Interpret,
             },
             _ => match special(&i, mode) {

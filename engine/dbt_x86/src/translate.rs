@@ -343,12 +343,7 @@ impl<'a> Block<'a> {
             if self.insn(insn).is_err() {
                 self.code.bytes.truncate(length);
                 self.stubs.truncate(stubs);
-                self.leave_at(Site::Interpret {
-                    rest: self.rest,
-                    rip: insn.instruction.ip(),
-                    code: insn.instruction.code(),
-                    vector: insn.vector,
-                });
+                self.leave_at(self.interpret(insn));
                 ended = true;
                 break;
             }
