@@ -22,6 +22,9 @@ each time with one bit of one of the files flipped. Further options go to `lodge
 /// How long the monitor may take to end after SIGTERM.
 const GRACE: Duration = Duration::from_secs(30);
 
+/// After how many tries a line tells how far it is.
+const PROGRESS: u64 = 50;
+
 struct Options {
     lodger: PathBuf,
     kernel: PathBuf,
@@ -195,6 +198,10 @@ fn main() -> ExitCode {
                     }
                     let result = attempt(options, n, &folder);
                     let mut results = results.lock().expect("a job panicked");
+                    let done = results.0.values().sum::<u64>() + results.1.len() as u64 + 1;
+                    if done.is_multiple_of(PROGRESS) {
+                        eprintln!("{done} of {} tries", options.tries);
+                    }
                     match result {
                         Ok(how) => *results.0.entry(how).or_default() += 1,
                         Err(why) => {
