@@ -53,6 +53,8 @@ struct Block {
     /// Host addresses of the checked entry and of the body.
     entry: u32,
     body: u32,
+    /// Flags that must be in the register at the body.
+    needs: u32,
     /// Nothing leads to it: its page was written.
     stale: bool,
     /// The code that the translation depends on: where in the page, and its hash.
@@ -318,6 +320,7 @@ impl Cache {
             global,
             entry: base as u32,
             body: translated.body as u32,
+            needs: translated.needs,
             stale: false,
             hash: self.hasher.hash_one(&page[translated.seen.clone()]),
             seen: translated.seen,
@@ -361,8 +364,7 @@ impl Cache {
         };
         let buffer = std::mem::take(&mut self.buffer);
         let mut code = Code::new(self.memory.next(16), buffer);
-        let routines = self.routines_of(mode.mmu);
-        let routines = (routines.leave, routines.miss);
+        let routines = *self.routines_of(mode.mmu);
         let translated = Translation::new(
             &mut self.tools,
             &self.layout,
@@ -384,7 +386,10 @@ impl Cache {
     /// Makes the jump of a [`Site::Direct`] lead to a block, if that may be.
     pub fn link(&mut self, site: u32, id: BlockId) {
         let Site::Direct {
-            patch, leaves_page, ..
+            patch,
+            leaves_page,
+            restoring,
+            ..
         } = self.sites[site as usize]
         else {
             return;
@@ -405,10 +410,14 @@ impl Cache {
         if !block.incoming.contains(&site) {
             block.incoming.push(site);
         }
-        self.memory.patch(
-            patch as usize,
-            distance(patch as usize, block.body as usize),
-        );
+        let (mut jump, body) = (patch, block.body);
+        if let (Some((start, last)), true) = (restoring, block.needs != 0) {
+            self.memory
+                .patch(patch as usize, distance(patch as usize, start as usize));
+            jump = last;
+        }
+        self.memory
+            .patch(jump as usize, distance(jump as usize, body as usize));
     }
 
     /// Makes the jump table lead to a block.
@@ -426,13 +435,13 @@ impl Cache {
         }
     }
 
-    /// Guest address of the instruction on which the host trapped at `place`, and the instructions of its block from there on.
-    pub fn trapped(&self, place: u64) -> (u64, u8) {
+    /// The instruction on which the host trapped at `place`, and its guest address.
+    pub fn trapped(&self, place: u64) -> (u64, Trap) {
         let place = place as u32;
         let after = self.blocks.partition_point(|b| b.entry <= place);
         let block = &self.blocks[after.checked_sub(1).expect("code belongs to a block")];
         let found = block.traps.iter().find(|trap| trap.place == place);
         let trap = found.expect("only noted instructions trap");
-        (block.linear.wrapping_add(trap.offset.into()), trap.rest)
+        (block.linear.wrapping_add(trap.offset.into()), *trap)
     }
 }

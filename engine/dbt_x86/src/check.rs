@@ -3,8 +3,9 @@
 use iced_x86::{Instruction, Register};
 use lodger_softmmu::{ENTRIES, TlbEntry};
 
-use crate::emit::{Mem, Op, RCX, Reg, S, T, abs, at, cc};
-use crate::translate::{Block, Rare, Site};
+use crate::emit::{Mem, Op, Reg, S, T, abs, at, cc};
+use crate::exits::Rare;
+use crate::translate::{Block, Site};
 
 const TAG: i32 = TlbEntry::LAYOUT.0 as i32;
 const PAGE: i32 = TlbEntry::LAYOUT.1 as i32;
@@ -18,8 +19,8 @@ pub enum Address<'a> {
 }
 
 impl Block<'_> {
-    /// Puts an effective address into S; the address if it is a constant. T is destroyed, flags unless `live`.
-    fn address(&mut self, address: Address, live: bool) -> Option<u64> {
+    /// Puts an effective address into S; the address if it is a constant. T and the flags are destroyed.
+    fn address(&mut self, address: Address) -> Option<u64> {
         let i = match address {
             Address::Register(base, disp) => {
                 self.code.op(Op::Lea, S, at(base, disp));
@@ -65,27 +66,17 @@ impl Block<'_> {
         }
         if let Some(segment) = base_of {
             let place = abs(self.layout.bases + 8 * segment);
-            if live {
-                self.code.op(Op::Mov, T, place);
-                self.code.op(
-                    Op::Lea,
-                    S,
-                    Mem {
-                        base: Some(S),
-                        index: Some(T),
-                        scale: 0,
-                        disp: 0,
-                    },
-                );
-            } else {
-                self.code.op(Op::Add, S, place);
-            }
+            self.code.op(Op::Add, S, place);
         }
         None
     }
 
-    /// Looks up an access of the instruction at `rip`: S becomes its host address. T is destroyed, flags only if none are `live`.
+    /// Looks up an access of the instruction at `rip`: S becomes its host address. T is destroyed; the flags, too, so they are
+    /// saved first if any are `live`.
     pub fn check(&mut self, address: Address, size: u8, write: bool, live: u32, rip: u64) {
+        if live != 0 {
+            self.save_flags();
+        }
         let retry = self.code.here() as u32;
         let site = Site::Access {
             rip,
@@ -94,11 +85,8 @@ impl Block<'_> {
             write,
             rest: self.rest,
         };
-        let constant = self.address(address, live != 0);
+        let constant = self.address(address);
         let table = self.layout.tables[self.source.mode.mmu as usize][usize::from(write)];
-        if live != 0 {
-            return self.check_with_flags(table, site, size);
-        }
         let entry = match constant {
             Some(linear) => {
                 let slot = (linear >> 12) as usize % ENTRIES;
@@ -120,45 +108,5 @@ impl Block<'_> {
         let jump = self.code.jcc_forward(cc::A);
         self.stub(jump, Rare::Tagged(tag), site);
         self.code.op(Op::Add, S, plus(entry, PAGE));
-    }
-
-    /// The same without touching a flag.
-    fn check_with_flags(&mut self, table: u32, site: Site, size: u8) {
-        let (slots, pages, offsets) = (
-            self.layout.slot_mask(),
-            self.layout.page_mask(),
-            self.layout.offset_mask(),
-        );
-        let entry = |by: i32| Mem {
-            base: None,
-            index: Some(RCX),
-            scale: 3,
-            disp: table as i32 + by,
-        };
-        let sum = |index, disp| Mem {
-            base: Some(RCX),
-            index: Some(index),
-            scale: 0,
-            disp,
-        };
-        let c = &mut *self.code;
-        c.mov(T, RCX);
-        c.pext(RCX, S, slots);
-        c.op32(Op::Lea, RCX, sum(RCX, 0));
-        c.op(Op::Mov, RCX, entry(TAG));
-        c.not(RCX);
-        c.op(Op::Lea, RCX, sum(S, size.into()));
-        c.pext(RCX, RCX, pages);
-        let hit = c.jrcxz();
-        c.mov(RCX, T);
-        let cold = c.jmp_forward();
-        c.land(hit);
-        c.pext(RCX, S, slots);
-        c.op32(Op::Lea, RCX, sum(RCX, 0));
-        c.op(Op::Mov, RCX, entry(PAGE));
-        c.pext(S, S, offsets);
-        c.op(Op::Lea, S, sum(S, 0));
-        c.mov(RCX, T);
-        self.stub(cold, Rare::Leave, site);
     }
 }

@@ -196,6 +196,15 @@ impl Code {
         self.imm32(value as u32);
     }
 
+    /// `cmp left, right`
+    pub fn cmp(&mut self, left: Reg, right: Reg) {
+        self.raw(&[
+            0x48 | (left.0 >> 3) << 2 | right.0 >> 3,
+            0x3b,
+            0xc0 | (left.0 & 7) << 3 | right.0 & 7,
+        ]);
+    }
+
     /// `cmp dword [m], 0`
     pub fn cmp_zero32(&mut self, m: Mem) {
         self.rex(false, Reg(0), &m);
@@ -211,11 +220,6 @@ impl Code {
         }
         self.raw(&[0x81, 0xe0 | reg.0 & 7]);
         self.imm32(value);
-    }
-
-    /// `not reg`
-    pub fn not(&mut self, reg: Reg) {
-        self.raw(&[0x48 | reg.0 >> 3, 0xf7, 0xd0 | reg.0 & 7]);
     }
 
     /// `rorx to, from, count`
@@ -375,9 +379,9 @@ mod tests {
         c.store_imm(at(S, 0), -5);
         c.store_imm32(abs(0x88), 7);
         c.cmp_imm(S, 4088);
+        c.cmp(S, T);
         c.cmp_zero32(abs(0x99));
         c.and32(T, 0xfff0);
-        c.not(RCX);
         c.rorx(T, S, 8);
         c.pext(RCX, S, 0x2000);
         c.pext(S, S, 0x2000);
@@ -414,9 +418,9 @@ mov rax,123456789h
 mov qword ptr [r11],0FFFFFFFFFFFFFFFBh
 mov dword ptr [88h],7
 cmp r11,0FF8h
+cmp r11,r10
 cmp dword ptr [99h],0
 and r10d,0FFF0h
-not rcx
 rorx r10,r11,8
 pext rcx,r11,[2000h]
 pext r11,r11,[2000h]

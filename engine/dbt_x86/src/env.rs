@@ -20,7 +20,8 @@ pub struct Env {
     pub host_rsp: u64,
     /// Where to enter.
     pub target: u64,
-    /// Status flags at entry and exit: OF in byte 0, the others as LAHF has them in byte 1.
+    /// Status flags while they are not in the flags register, and at entry and exit: OF in byte 0, the others as LAHF has them in
+    /// byte 1.
     pub flags: u64,
     /// Why the code was left: number of a site, or one of [`exit`].
     pub exit: u64,
@@ -34,16 +35,11 @@ pub struct Env {
     pub replaced: u64,
     /// Site of the latest indirect jump.
     pub indirect: u64,
-    /// Masks for PEXT.
-    pub slot_mask: u64,
-    pub page_mask: u64,
-    pub offset_mask: u64,
+    /// Status flags where the host trapped, in the form of `flags`.
+    pub trap_flags: u64,
+    /// Masks for PEXT: the sign, and all of RFLAGS but IF.
     pub sign_mask: u64,
-    /// RFLAGS bits that PUSHF takes from memory, and all but IF.
-    pub pushed_mask: u64,
     pub no_if_mask: u64,
-    /// Flags while they are not in the flags register.
-    pub saved_flags: u64,
     /// Registers of a repeated string instruction.
     pub strings: [u64; 4],
     /// Ticks until the limit, if ticks are counted.
@@ -124,14 +120,8 @@ impl Layout {
     pub fn indirect(&self) -> u32 {
         self.env + offset_of!(Env, indirect) as u32
     }
-    pub fn slot_mask(&self) -> u32 {
-        self.env + offset_of!(Env, slot_mask) as u32
-    }
-    pub fn page_mask(&self) -> u32 {
-        self.env + offset_of!(Env, page_mask) as u32
-    }
-    pub fn offset_mask(&self) -> u32 {
-        self.env + offset_of!(Env, offset_mask) as u32
+    pub fn trap_flags(&self) -> u32 {
+        self.env + offset_of!(Env, trap_flags) as u32
     }
     pub fn sign_mask(&self) -> u32 {
         self.env + offset_of!(Env, sign_mask) as u32
@@ -139,14 +129,8 @@ impl Layout {
     pub fn ticks_left(&self) -> u32 {
         self.env + offset_of!(Env, ticks_left) as u32
     }
-    pub fn pushed_mask(&self) -> u32 {
-        self.env + offset_of!(Env, pushed_mask) as u32
-    }
     pub fn no_if_mask(&self) -> u32 {
         self.env + offset_of!(Env, no_if_mask) as u32
-    }
-    pub fn saved_flags(&self) -> u32 {
-        self.env + offset_of!(Env, saved_flags) as u32
     }
     pub fn strings(&self) -> u32 {
         self.env + offset_of!(Env, strings) as u32

@@ -84,6 +84,8 @@ pub struct Insn {
     pub vector: bool,
     /// Flags that it or what follows needs of those before it.
     pub live: u32,
+    /// Flags that what follows needs.
+    pub live_after: u32,
 }
 
 /// R10 or R11, whatever the width.
@@ -99,6 +101,7 @@ impl Insn {
             traps: false,
             vector: false,
             live: FLAGS,
+            live_after: FLAGS,
         };
         insn.kind = insn.classify(info, mode);
         insn
@@ -128,6 +131,17 @@ impl Insn {
             Kind::PopFlags => 0,
             _ => (after & !self.kills() | i.rflags_read()) & FLAGS,
         }
+    }
+
+    /// Whether it writes any flag, certainly or not.
+    pub fn writes_flags(&self) -> bool {
+        self.instruction.rflags_modified() & FLAGS != 0
+    }
+
+    /// Whether the flags from before it must be in the flags register when it is executed.
+    pub fn needs_flags(&self) -> bool {
+        let through = self.live_after & !self.kills();
+        self.instruction.rflags_read() & FLAGS != 0 || self.writes_flags() && through != 0
     }
 
     /// Flags that it certainly writes.

@@ -12,7 +12,9 @@ pub struct Routines {
     pub enter: usize,
     /// Where code jumps to leave, with the reason in T.
     pub leave: usize,
-    /// Where an empty slot of a jump table leads.
+    /// The same if the flags are saved already.
+    pub leave_saved: usize,
+    /// Where an empty slot of a jump table leads, with saved flags.
     pub miss: usize,
     /// Where the signal handler continues.
     pub trap: usize,
@@ -31,10 +33,11 @@ pub fn assemble(layout: &Layout, base: usize) -> Result<(Vec<u8>, [Routines; 2])
         iced_x86::BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS,
     )?;
     let place = |label: &CodeLabel| Ok::<_, IcedError>(result.label_ip(label)? as usize);
-    let [with, without] = labels.map(|[enter, leave, miss, trap]| {
+    let [with, without] = labels.map(|[enter, leave, leave_saved, miss, trap]| {
         Ok::<_, IcedError>(Routines {
             enter: place(&enter)?,
             leave: place(&leave)?,
+            leave_saved: place(&leave_saved)?,
             miss: place(&miss)?,
             trap: place(&trap)?,
         })
@@ -46,9 +49,10 @@ fn emit(
     a: &mut CodeAssembler,
     layout: &Layout,
     vectors: bool,
-) -> Result<[CodeLabel; 4], IcedError> {
+) -> Result<[CodeLabel; 5], IcedError> {
     let mut enter = a.create_label();
     let mut leave = a.create_label();
+    let mut leave_saved = a.create_label();
     let mut miss = a.create_label();
     let mut trap = a.create_label();
     let mut host_mxcsr = a.create_label();
@@ -120,18 +124,28 @@ fn emit(
     a.jmp(at(layout.target()))?;
 
     a.set_label(&mut trap)?;
+    a.mov(at(layout.register(0)), rax)?;
+    a.lahf()?;
+    a.seto(al)?;
+    a.movzx(eax, ax)?;
+    a.mov(at(layout.trap_flags()), rax)?;
+    a.mov(rax, at(layout.register(0)))?;
     a.mov(r10d, exit::TRAP as i32)?;
-    a.jmp(leave)?;
+    a.jmp(leave_saved)?;
     a.set_label(&mut miss)?;
     a.mov(r10d, exit::MISS as i32)?;
+    a.jmp(leave_saved)?;
     a.set_label(&mut leave)?;
-    a.mov(at(layout.argument()), r11)?;
-    a.mov(at(layout.exit()), r10)?;
     a.mov(at(layout.register(0)), rax)?;
     a.lahf()?;
     a.seto(al)?;
     a.movzx(eax, ax)?;
     a.mov(at(layout.flags()), rax)?;
+    a.mov(rax, at(layout.register(0)))?;
+    a.set_label(&mut leave_saved)?;
+    a.mov(at(layout.register(0)), rax)?;
+    a.mov(at(layout.argument()), r11)?;
+    a.mov(at(layout.exit()), r10)?;
     a.mov(at(layout.register(4)), rsp)?;
     for (n, register) in general {
         a.mov(at(layout.register(n)), register)?;
@@ -151,5 +165,5 @@ fn emit(
     a.ret()?;
     a.set_label(&mut host_mxcsr)?;
     a.dd(&[HOST_MXCSR])?;
-    Ok([enter, leave, miss, trap])
+    Ok([enter, leave, leave_saved, miss, trap])
 }

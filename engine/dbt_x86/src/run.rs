@@ -52,18 +52,18 @@ const VECTORS: u32 = 20_000;
 /// OF among the status flags.
 const OF: u64 = 1 << 11;
 
+/// Puts status flags in the form of [`Env::flags`] into RFLAGS.
+fn set_status(cpu: &mut Cpu, flags: u64) {
+    let status = flags >> 8 & (STATUS_FLAGS & 0xff) | if flags & 1 != 0 { OF } else { 0 };
+    cpu.flags = cpu.flags & !STATUS_FLAGS | status;
+}
+
 impl Dbt {
     pub fn new(cpu: &Cpu, exact_flags: bool, shared: &Shared) -> Result<Dbt, EngineError> {
         // SAFETY: numbers.
         let mut env = unsafe { LowBox::<Env>::zeroed() }.map_err(failed)?;
         let layout = Layout::new(cpu, &env);
-        env.slot_mask = (lodger_softmmu::ENTRIES as u64 - 1) << 12;
-        env.page_mask = !0xfff;
-        env.offset_mask = 0xfff;
         env.sign_mask = 1 << 63;
-        let from_memory =
-            STATUS_FLAGS | RFlags::FIXED.bits() | RFlags::RF.bits() | RFlags::VM.bits();
-        env.pushed_mask = !from_memory;
         env.no_if_mask = !RFlags::IF.bits();
         let cache = Cache::new(layout, cpu.vcpus(), exact_flags).map_err(failed)?;
         cache.init(&mut env);
@@ -126,9 +126,7 @@ impl Dbt {
             std::hint::black_box(&raw mut *self.env);
             std::hint::black_box(&raw mut *cpu);
         }
-        let flags = self.env.flags;
-        let status = flags >> 8 & (STATUS_FLAGS & 0xff) | if flags & 1 != 0 { OF } else { 0 };
-        cpu.flags = cpu.flags & !STATUS_FLAGS | status;
+        set_status(cpu, self.env.flags);
         self.env.exit as u32
     }
 
@@ -205,8 +203,11 @@ impl Dbt {
                     target = self.cache.body(id);
                 }
                 exit::TRAP => {
-                    let (rip, rest) = self.cache.trapped(self.env.trap);
-                    self.refund(rest);
+                    let (rip, trap) = self.cache.trapped(self.env.trap);
+                    if !trap.saved {
+                        set_status(cpu, self.env.trap_flags);
+                    }
+                    self.refund(trap.rest);
                     self.cache.counters.traps += 1;
                     cpu.set_rip(rip);
                     return Next::Interpret;

@@ -8,19 +8,21 @@ use lodger_x86::bits::{RFlags, STATUS_FLAGS};
 
 use crate::check::Address;
 use crate::emit::{Op, RAX, RCX, RSP, Reg, S, T, abs, at, cc};
-use crate::translate::{Block, Rare, Site};
+use crate::exits::Rare;
+use crate::flags::Flags;
+use crate::translate::{Block, Site};
 
 const IF: u64 = RFlags::IF.bits();
 const DF: u32 = RFlags::DF.bits() as u32;
 
 /// `[address]` for iced.
-fn low(address: u32) -> MemoryOperand {
+pub fn low(address: u32) -> MemoryOperand {
     MemoryOperand::with_displ(address.into(), 4)
 }
 
 impl Block<'_> {
     /// Emits instructions that can be encoded.
-    fn asm<const N: usize>(&mut self, instructions: [Result<Instruction, IcedError>; N]) {
+    pub fn asm<const N: usize>(&mut self, instructions: [Result<Instruction, IcedError>; N]) {
         for instruction in instructions {
             let instruction = instruction.expect("operands that fit");
             self.encode(&instruction).ok().expect("a valid instruction");
@@ -31,28 +33,6 @@ impl Block<'_> {
     fn clear_bits(&mut self, mask: u32) {
         self.code.pext(T, T, mask);
         self.code.pdep(T, T, mask);
-    }
-
-    /// Keeps RAX and the status flags in memory; RAX is free then.
-    fn save_flags(&mut self) {
-        let (value, saved) = (self.layout.value(), self.layout.saved_flags());
-        self.code.op(Op::Store, RAX, abs(value));
-        self.asm([
-            Ok(Instruction::with(Code::Lahf)),
-            Instruction::with1(Code::Seto_rm8, R::AL),
-        ]);
-        self.code.op(Op::Store, RAX, abs(saved));
-    }
-
-    /// The opposite of `save_flags`.
-    pub fn restore_flags(&mut self) {
-        let (value, saved) = (self.layout.value(), self.layout.saved_flags());
-        self.code.op(Op::Mov, RAX, abs(saved));
-        self.asm([
-            Instruction::with2(Code::Add_AL_imm8, R::AL, 0x7f_u32),
-            Ok(Instruction::with(Code::Sahf)),
-        ]);
-        self.code.op(Op::Mov, RAX, abs(value));
     }
 
     /// MOV of segment register `number` to a general one.
@@ -69,32 +49,15 @@ impl Block<'_> {
     }
 
     /// PUSHFQ.
-    pub fn push_flags(&mut self, live: u32, rip: u64) {
-        self.check(Address::Register(RSP, -8), 8, true, live, rip);
-        let (value, flags) = (self.layout.value(), self.layout.rflags());
-        self.code.op(Op::Store, RAX, abs(value));
-        self.asm([
-            Ok(Instruction::with(Code::Lahf)),
-            Instruction::with1(Code::Seto_rm8, R::AL),
-            Instruction::with2(Code::Movzx_r32_rm8, R::R10D, R::AL),
-            Instruction::with2(Code::Movzx_r32_rm8, R::EAX, R::AH),
-        ]);
-        // OF is bit 11.
-        self.code.rorx(T, T, 64 - 11);
-        self.asm([Instruction::with2(
-            Code::Lea_r32_m,
-            R::EAX,
-            MemoryOperand::with_base_index(R::RAX, R::R10),
-        )]);
-        self.code.op(Op::Mov, T, abs(flags));
-        self.clear_bits(self.layout.pushed_mask());
-        self.asm([Instruction::with2(
-            Code::Lea_r64_m,
-            R::R10,
-            MemoryOperand::with_base_index(R::R10, R::RAX),
-        )]);
-        self.code.op(Op::Store, T, at(S, 0));
-        self.code.op(Op::Mov, RAX, abs(value));
+    pub fn push_flags(&mut self, rip: u64) {
+        self.save_flags();
+        self.check(Address::Register(RSP, -8), 8, true, 0, rip);
+        let value = abs(self.layout.value());
+        self.code.op(Op::Store, RAX, value);
+        let others = STATUS_FLAGS | RFlags::RF.bits() | RFlags::VM.bits();
+        self.assemble_rflags(!others as u32);
+        self.code.op(Op::Store, RAX, at(S, 0));
+        self.code.op(Op::Mov, RAX, value);
         self.code.op(Op::Lea, RSP, at(RSP, -8));
     }
 
@@ -131,9 +94,9 @@ impl Block<'_> {
             Instruction::with2(Code::Shl_rm32_imm8, R::EAX, 8_u32),
             Instruction::with2(Code::Bt_rm32_imm8, R::R11D, 11_u32),
             Instruction::with1(Code::Setb_rm8, R::AL),
-            Instruction::with2(Code::Add_AL_imm8, R::AL, 0x7f_u32),
-            Ok(Instruction::with(Code::Sahf)),
+            Instruction::with2(Code::Mov_rm16_r16, low(self.layout.flags()), R::AX),
         ]);
+        self.flags = Flags::Saved;
         self.code.op(Op::Mov, RAX, abs(value));
         self.code.op(Op::Lea, RSP, at(RSP, 8));
     }
@@ -182,20 +145,19 @@ impl Block<'_> {
         let (source_host, source_after, target_after, count_after) =
             (saved(0), saved(1), saved(2), saved(3));
         let value = low(self.layout.value());
-        self.save_flags();
-        self.code.op(Op::Mov, RAX, abs(self.layout.value()));
+        self.code.op(Op::Store, RAX, abs(self.layout.value()));
         let top = self.code.here();
         self.asm([Instruction::with2(Code::Test_rm64_r64, R::RCX, R::RCX)]);
         let done = self.code.jcc_forward(cc::E);
         let flags = low(self.layout.rflags());
         self.asm([Instruction::with2(Code::Test_rm32_imm32, flags, DF)]);
         let down = self.code.jcc_forward(cc::NE);
-        self.stub(down, Rare::RestoreFlags, site);
+        self.stub(down, Rare::Leave, site);
         if moves {
-            self.check_string(Reg(6), size, false, rip);
+            self.check(Address::Register(Reg(6), 0), size, false, 0, rip);
             self.asm([Instruction::with2(Code::Mov_rm64_r64, source_host, R::R11)]);
         }
-        self.check_string(Reg(7), size, true, rip);
+        self.check(Address::Register(Reg(7), 0), size, true, 0, rip);
         // T: bytes that are left of the nearer page's end.
         self.asm([
             Instruction::with2(Code::Mov_r32_rm32, R::R10D, R::EDI),
@@ -257,20 +219,12 @@ impl Block<'_> {
         let interrupted = self.code.jcc_forward(cc::NE);
         self.stub(
             interrupted,
-            Rare::RestoreFlags,
+            Rare::Leave,
             Site::Repeat {
                 rip,
                 rest: self.rest,
             },
         );
         self.code.land(done);
-        self.restore_flags();
-    }
-
-    /// A check whose miss restores the flags first.
-    fn check_string(&mut self, register: Reg, size: u8, write: bool, rip: u64) {
-        let before = self.stub_count();
-        self.check(Address::Register(register, 0), size, write, 0, rip);
-        self.restore_flags_in_stubs(before);
     }
 }

@@ -1,8 +1,8 @@
 //! A guest block to host code.
 //!
 //! Guest registers are in the host registers of the same name, but R10 and R11, which are in memory: their host registers are scratch, T and
-//! S here. RSP is the guest's too, so nothing is ever pushed. Flags stay in the flags register. Every memory operand is looked up in the
-//! TLB first; the lookup may destroy the flags only if the guest does not need them any more.
+//! S here. RSP is the guest's too, so nothing is ever pushed. Flags are in the flags register or, from the first lookup that destroys it
+//! on, in memory. Every memory operand is looked up in the TLB first.
 //!
 //! An instruction changes nothing before all of its lookups have hit, so it can be interpreted instead at any miss.
 
@@ -15,9 +15,12 @@ use iced_x86::{
 use lodger_softmmu::MmuIndex;
 
 use crate::check::Address;
-use crate::emit::{Code as HostCode, Jump, Mem, Op, RBP, RCX, RSP, Reg, S, T, abs, at, cc};
-use crate::env::{JUMP_SLOTS, Layout};
+use crate::emit::{Code as HostCode, Op, RBP, RSP, Reg, S, T, abs, at};
+use crate::env::Layout;
+use crate::exits::Stub;
+use crate::flags::Flags;
 use crate::insn::{FLAGS, Insn, Kind, Simd, is_stolen};
+use crate::routines::Routines;
 
 /// Instructions of a block, at most.
 const MAX_INSNS: usize = 48;
@@ -33,6 +36,8 @@ pub enum Site {
         /// Host address of the jump's distance, and of the stub that it leads to now.
         patch: u32,
         stub: u32,
+        /// Host addresses of code that restores the flags first, and of the distance of the jump behind it.
+        restoring: Option<(u32, u32)>,
         /// It leaves the page.
         leaves_page: bool,
     },
@@ -93,6 +98,8 @@ pub struct Source<'a> {
 pub struct Translated {
     /// Where other code jumps to.
     pub body: usize,
+    /// Flags that must be in the register there.
+    pub needs: u32,
     pub traps: Vec<Trap>,
     /// Offsets in the page of the code that the translation depends on: the block's own, and what tells which flags are needed.
     pub seen: Range<usize>,
@@ -110,6 +117,8 @@ pub struct Trap {
     pub offset: u16,
     /// Instructions of the block from this one on, if ticks are counted.
     pub rest: u8,
+    /// The flags are saved there.
+    pub saved: bool,
 }
 
 /// What is kept between blocks.
@@ -131,38 +140,18 @@ impl Tools {
     }
 }
 
-/// Code at the end of the block for what is rare.
-struct Stub {
-    jump: Jump,
-    what: Rare,
-    site: u32,
-}
-
-pub enum Rare {
-    /// A site, nothing else to do.
-    Leave,
-    /// A site, with the flags in memory.
-    RestoreFlags,
-    /// The tag was subtracted from the address; it is at this place.
-    Tagged(Mem),
-    /// Both.
-    TaggedRestoreFlags(Mem),
-    /// A jump to another page.
-    Far(u64),
-}
-
 pub struct Block<'a> {
     tools: &'a mut Tools,
     pub layout: &'a Layout,
     pub source: &'a Source<'a>,
-    leave: usize,
-    miss: usize,
+    pub routines: Routines,
     pub code: &'a mut HostCode,
-    sites: &'a mut Vec<Site>,
-    stubs: Vec<Stub>,
+    pub sites: &'a mut Vec<Site>,
+    pub stubs: Vec<Stub>,
     traps: Vec<Trap>,
+    pub flags: Flags,
     /// Instructions of the block, and of these not yet executed before the current one; zero if ticks are not counted.
-    total: u8,
+    pub total: u8,
     pub rest: u8,
     seen: Range<usize>,
     /// The next instruction crosses the page's end.
@@ -173,12 +162,12 @@ pub struct Block<'a> {
 pub struct Unencodable;
 
 impl<'a> Block<'a> {
-    /// For code that will be at the end of `code`; `leave` and `miss` are the routines of those names.
+    /// For code that will be at the end of `code`.
     pub fn new(
         tools: &'a mut Tools,
         layout: &'a Layout,
         source: &'a Source<'a>,
-        (leave, miss): (usize, usize),
+        routines: Routines,
         code: &'a mut HostCode,
         sites: &'a mut Vec<Site>,
     ) -> Block<'a> {
@@ -186,12 +175,12 @@ impl<'a> Block<'a> {
             tools,
             layout,
             source,
-            leave,
-            miss,
+            routines,
             code,
             sites,
             stubs: Vec::new(),
             traps: Vec::new(),
+            flags: Flags::Register,
             total: 0,
             rest: 0,
             seen: (source.linear & 0xfff) as usize..(source.linear & 0xfff) as usize,
@@ -208,6 +197,7 @@ impl<'a> Block<'a> {
         let (body, len, count) = translated?;
         Some(Translated {
             body,
+            needs: self.tools.insns[0].live,
             traps: self.traps,
             seen: self.seen,
             len,
@@ -262,7 +252,7 @@ impl<'a> Block<'a> {
     }
 
     /// Flags that code at `target` needs, as far as it is known.
-    fn ahead(&mut self, target: u64, depth: u32) -> u32 {
+    pub fn ahead(&mut self, target: u64, depth: u32) -> u32 {
         if self.tools.exact_flags || (target ^ self.source.linear) >> 12 != 0 {
             return FLAGS;
         }
@@ -315,6 +305,7 @@ impl<'a> Block<'a> {
             if let Kind::Branch(to) | Kind::ShortBranch(to) = insn.kind {
                 live |= self.ahead(to, 2);
             }
+            insn.live_after = live;
             live = if self.tools.exact_flags {
                 FLAGS
             } else {
@@ -337,12 +328,13 @@ impl<'a> Block<'a> {
         let mut end = start;
         let mut count = 0;
         for insn in insns.iter() {
-            let (length, stubs) = (self.code.bytes.len(), self.stubs.len());
+            let (length, stubs, flags) = (self.code.bytes.len(), self.stubs.len(), self.flags);
             end = insn.instruction.next_ip();
             count += 1;
             if self.insn(insn).is_err() {
                 self.code.bytes.truncate(length);
                 self.stubs.truncate(stubs);
+                self.flags = flags;
                 self.leave_at(self.interpret(insn));
                 ended = true;
                 break;
@@ -361,204 +353,6 @@ impl<'a> Block<'a> {
         }
         self.emit_stubs();
         (body, end.wrapping_sub(start) as usize, count)
-    }
-
-    /// Counts all instructions of the block that are not the interpreter's, or leaves before the first if they are too many.
-    fn charge(&mut self, insns: &[Insn]) {
-        let counted = insns.iter().filter(|i| i.kind != Kind::Interpret);
-        self.total = counted.count() as u8;
-        self.rest = self.total;
-        if self.total == 0 {
-            return;
-        }
-        let left = abs(self.layout.ticks_left());
-        let sign = self.layout.sign_mask();
-        let c = &mut *self.code;
-        c.mov(T, RCX);
-        c.op(Op::Mov, RCX, left);
-        c.op(Op::Lea, RCX, at(RCX, -i32::from(self.total)));
-        c.op(Op::Store, RCX, left);
-        c.pext(RCX, RCX, sign);
-        let enough = c.jrcxz();
-        c.mov(RCX, T);
-        let jump = c.jmp_forward();
-        c.land(enough);
-        c.mov(RCX, T);
-        let site = Site::Limit {
-            rip: self.source.linear,
-            total: self.total,
-        };
-        self.stub(jump, Rare::Leave, site);
-    }
-
-    /// Takes back the count of instructions that are not executed.
-    fn refund(&mut self, count: u8) {
-        if count > 0 {
-            let left = abs(self.layout.ticks_left());
-            self.code.op(Op::Mov, T, left);
-            self.code.op(Op::Lea, T, at(T, count.into()));
-            self.code.op(Op::Store, T, left);
-        }
-    }
-
-    /// The entry for jumps through a table: S must be this block's address, and requests are looked at.
-    fn prologue(&mut self, live: u32) {
-        let linear = self.source.linear;
-        let c = &mut *self.code;
-        // Another block with the same slot may need the flags.
-        c.mov(T, RCX);
-        c.mov_imm(RCX, linear.wrapping_neg());
-        c.op(
-            Op::Lea,
-            RCX,
-            Mem {
-                base: Some(RCX),
-                index: Some(S),
-                scale: 0,
-                disp: 0,
-            },
-        );
-        let same = c.jrcxz();
-        c.mov(RCX, T);
-        c.jmp(self.miss);
-        c.land(same);
-        c.mov(RCX, T);
-        self.look_at_requests(linear, live);
-    }
-
-    /// Leaves if there are requests; the next instruction is at `rip`.
-    fn look_at_requests(&mut self, rip: u64, live: u32) {
-        let requests = abs(self.layout.requests);
-        let jump = if live == 0 {
-            self.code.cmp_zero32(requests);
-            self.code.jcc_forward(cc::NE)
-        } else {
-            let c = &mut *self.code;
-            c.mov(T, RCX);
-            c.op32(Op::Mov, RCX, requests);
-            let none = c.jrcxz();
-            c.mov(RCX, T);
-            let jump = c.jmp_forward();
-            c.land(none);
-            c.mov(RCX, T);
-            jump
-        };
-        self.stub(jump, Rare::Leave, Site::Requests { rip });
-    }
-
-    fn site(&mut self, site: Site) -> u32 {
-        self.sites.push(site);
-        self.sites.len() as u32 - 1
-    }
-
-    pub fn stub(&mut self, jump: Jump, what: Rare, site: Site) {
-        let site = self.site(site);
-        self.stubs.push(Stub { jump, what, site });
-    }
-
-    fn leave_at(&mut self, site: Site) {
-        let site = self.site(site);
-        self.leave_with(site);
-    }
-
-    fn leave_with(&mut self, site: u32) {
-        self.code.mov_imm(T, site.into());
-        self.code.jmp(self.leave);
-    }
-
-    fn emit_stubs(&mut self) {
-        for Stub { jump, what, site } in std::mem::take(&mut self.stubs) {
-            self.code.land(jump);
-            match what {
-                Rare::Leave => {}
-                Rare::RestoreFlags => self.restore_flags(),
-                Rare::Tagged(tag) => self.code.op(Op::Add, S, tag),
-                Rare::TaggedRestoreFlags(tag) => {
-                    self.code.op(Op::Add, S, tag);
-                    self.restore_flags();
-                }
-                Rare::Far(target) => {
-                    self.far(target);
-                    continue;
-                }
-            }
-            if let Site::Direct { stub, .. } = &mut self.sites[site as usize] {
-                *stub = self.code.here() as u32;
-            }
-            self.leave_with(site);
-        }
-    }
-
-    /// Whether a jump to `target` can be direct.
-    fn is_near(&self, target: u64) -> bool {
-        self.source.global || (target ^ self.source.linear) >> 12 == 0
-    }
-
-    /// Through the jump table.
-    fn far(&mut self, target: u64) {
-        self.code.mov_imm(S, target);
-        let slot = target as usize % JUMP_SLOTS;
-        let table = self.layout.jumps(self.source.mode.mmu);
-        self.code.jmp_mem(abs(table + 8 * slot as u32));
-    }
-
-    /// To the address in S.
-    fn indirect(&mut self, rip: u64, undo: i64) {
-        let site = self.site(Site::Indirect { rip, undo });
-        self.code.store_imm32(abs(self.layout.indirect()), site);
-        self.code.movzx16(T, S);
-        self.code.jmp_mem(Mem {
-            base: None,
-            index: Some(T),
-            scale: 3,
-            disp: self.layout.jumps(self.source.mode.mmu) as i32,
-        });
-    }
-
-    /// Goes on at `target` from the instruction at `from`.
-    fn go(&mut self, target: u64, from: u64, live: u32) {
-        if target < from {
-            self.look_at_requests(target, live);
-        }
-        if !self.is_near(target) {
-            return self.far(target);
-        }
-        let patch = self.code.here() + 1;
-        let jump = self.code.jmp_forward();
-        self.direct(jump, target, patch);
-    }
-
-    fn direct(&mut self, jump: Jump, target: u64, patch: usize) {
-        let site = Site::Direct {
-            target,
-            patch: patch as u32,
-            stub: 0,
-            leaves_page: (target ^ self.source.linear) >> 12 != 0,
-        };
-        self.stub(jump, Rare::Leave, site);
-    }
-
-    /// A conditional jump with `condition`.
-    fn branch(&mut self, condition: u8, target: u64, from: u64) {
-        let live = self.ahead(target, 2);
-        let rest = self.rest.saturating_sub(1);
-        if target <= from || rest > 0 {
-            let over = self.code.jcc_forward(condition ^ 1);
-            self.refund(rest);
-            self.go(target, from.wrapping_add(1), live);
-            self.code.land(over);
-        } else if self.is_near(target) {
-            let patch = self.code.here() + 2;
-            let jump = self.code.jcc_forward(condition);
-            self.direct(jump, target, patch);
-        } else {
-            let jump = self.code.jcc_forward(condition);
-            self.stubs.push(Stub {
-                jump,
-                what: Rare::Far(target),
-                site: 0,
-            });
-        }
     }
 
     /// Loads guest register `number` (10 or 11) into T or S.
@@ -594,6 +388,7 @@ impl<'a> Block<'a> {
             place: self.code.here() as u32,
             offset: i.ip().wrapping_sub(self.source.linear) as u16,
             rest: self.rest,
+            saved: self.flags == Flags::Saved,
         });
     }
 
@@ -651,14 +446,23 @@ impl<'a> Block<'a> {
                 self.code.op(Op::Mov, RBP, at(S, 0));
             }
             Kind::MoveSegment(number) => self.move_segment(i.op0_register(), number),
-            Kind::PushFlags => self.push_flags(live, rip),
+            Kind::PushFlags => self.push_flags(rip),
             Kind::PopFlags => self.pop_flags(self.interpret(insn), live, rip),
             Kind::ClearInterrupts => self.clear_interrupts(),
             Kind::SetInterrupts => self.set_interrupts(self.interpret(insn)),
             Kind::SwapGs => self.swap_gs(),
-            Kind::Repeat { log, moves } => self.repeat(i, log, moves, self.interpret(insn)),
-            Kind::Branch(target) => self.branch(i.condition_code() as u8 - 1, target, rip),
+            Kind::Repeat { log, moves } => {
+                if live != 0 {
+                    self.save_flags();
+                }
+                self.repeat(i, log, moves, self.interpret(insn));
+            }
+            Kind::Branch(target) => {
+                self.before_operation(insn);
+                self.branch(i.condition_code() as u8 - 1, target, rip);
+            }
             Kind::ShortBranch(target) => {
+                self.before_operation(insn);
                 let live = self.ahead(target, 2);
                 let start = (rip & 0xfff) as usize;
                 let page = self.source.page;
@@ -668,7 +472,7 @@ impl<'a> Block<'a> {
                 let over = self.code.jmp_forward();
                 self.code.land(taken);
                 self.refund(self.rest.saturating_sub(1));
-                self.go(target, rip.wrapping_add(1), live);
+                self.aside(|block| block.go(target, rip.wrapping_add(1), live));
                 self.code.land(over);
             }
             Kind::Jump(target) => {
@@ -682,6 +486,7 @@ impl<'a> Block<'a> {
                 self.go(target, rip, live);
             }
             Kind::JumpRegister(register) => {
+                self.save_flags();
                 let number = register.number();
                 match is_stolen(register) {
                     true => self.load(S, number),
@@ -690,21 +495,25 @@ impl<'a> Block<'a> {
                 self.indirect(rip, 0);
             }
             Kind::JumpMemory => {
+                self.save_flags();
                 self.check(Address::Operand(i), 8, false, live, rip);
                 self.code.op(Op::Mov, S, at(S, 0));
                 self.indirect(rip, 0);
             }
             Kind::CallRegister(register) => {
+                self.save_flags();
                 // The target may be RSP or a register that is in memory.
                 let target = self.get(register, T);
                 self.code.op(Op::Store, target, abs(self.layout.value()));
                 self.call_value(i, live, rip);
             }
             Kind::CallMemory => {
+                self.save_flags();
                 self.read_value(i, live, rip);
                 self.call_value(i, live, rip);
             }
             Kind::Return(release) => {
+                self.save_flags();
                 self.check(Address::Register(RSP, 0), 8, false, live, rip);
                 let by = 8 + i32::from(release);
                 self.code.op(Op::Mov, S, at(S, 0));
@@ -773,6 +582,7 @@ impl<'a> Block<'a> {
                 && (i.memory_base().full_register() == n || i.memory_index().full_register() == n)
         };
         let stolen = [(Register::R10, T, 10), (Register::R11, S, 11)];
+        self.before_operation(insn);
         for (register, scratch, number) in stolen {
             if operands(register) || address(register) {
                 self.load(scratch, number);
@@ -782,6 +592,7 @@ impl<'a> Block<'a> {
             self.note_trap(i);
         }
         self.copy(i);
+        self.after_operation(insn);
         for (register, scratch, number) in stolen {
             if operands(register) {
                 self.store(number, scratch);
@@ -829,20 +640,6 @@ impl<'a> Block<'a> {
         }
     }
 
-    /// How many stubs there are.
-    pub fn stub_count(&self) -> usize {
-        self.stubs.len()
-    }
-
-    /// Stubs from `first` on leave with flags that are in memory.
-    pub fn restore_flags_in_stubs(&mut self, first: usize) {
-        for stub in &mut self.stubs[first..] {
-            if let Rare::Tagged(tag) = stub.what {
-                stub.what = Rare::TaggedRestoreFlags(tag);
-            }
-        }
-    }
-
     /// An instruction with a memory operand.
     fn memory(&mut self, insn: &Insn, size: u8, write: bool) -> Result<(), Unencodable> {
         let i = &insn.instruction;
@@ -863,6 +660,7 @@ impl<'a> Block<'a> {
             data = Some(register.full_register().number());
             host.set_op_register(n, self.scratch_for(register));
         }
+        self.before_operation(insn);
         if let Some(number) = data {
             self.load(T, number);
         }
@@ -870,6 +668,7 @@ impl<'a> Block<'a> {
             self.note_trap(i);
         }
         self.encode(&host)?;
+        self.after_operation(insn);
         let writes = i.op0_kind() == OpKind::Register
             || matches!(i.mnemonic(), Mnemonic::Xchg | Mnemonic::Xadd);
         if let Some(number) = data
