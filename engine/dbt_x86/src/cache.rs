@@ -37,6 +37,9 @@ const LONGEST: usize = 15;
 /// Sites that are kept, at most: the code cache is full before.
 const MAX_SITES: usize = 1 << 22;
 
+/// Vain lookups of groups after which a block does without.
+const VAIN_LOOKUPS: u32 = 16;
+
 pub type BlockId = u32;
 
 /// Index of the jump table of user code.
@@ -63,6 +66,8 @@ struct Block {
     /// Sites whose jump leads here.
     incoming: Vec<u32>,
     traps: Box<[Trap]>,
+    /// See [`Cache::note_vain_lookup`].
+    vain_lookups: u32,
 }
 
 pub struct Cache {
@@ -78,6 +83,8 @@ pub struct Cache {
     blocks: Vec<Block>,
     by_address: HashMap<(u64, u8), Vec<BlockId>>,
     by_page: HashMap<u64, Vec<BlockId>>,
+    /// Blocks whose accesses are each looked up alone.
+    alone: HashSet<(u64, u8)>,
     /// Slots of the jump tables that lead somewhere.
     filled: Vec<(MmuIndex, u16, bool)>,
     /// Direct jumps to another page.
@@ -107,6 +114,7 @@ impl Cache {
             blocks: Vec::new(),
             by_address: HashMap::new(),
             by_page: HashMap::new(),
+            alone: HashSet::new(),
             filled: Vec::new(),
             crossing: Vec::new(),
             reached: HashSet::new(),
@@ -157,6 +165,7 @@ impl Cache {
         self.blocks.clear();
         self.by_address.clear();
         self.by_page.clear();
+        self.alone.clear();
         self.crossing.clear();
         self.reached.clear();
         self.counters.cache_flushes += 1;
@@ -202,24 +211,49 @@ impl Cache {
     /// Guest-physical `page` was written.
     pub fn code_written(&mut self, env: &mut Env, page: u64) {
         for id in self.by_page.get(&page).cloned().unwrap_or_default() {
-            let block = &mut self.blocks[id as usize];
-            if block.stale {
-                continue;
-            }
-            block.stale = true;
-            self.counters.stale_blocks += 1;
-            let slot = block.linear as usize % JUMP_SLOTS;
-            let entry = u64::from(block.entry);
-            let index = block.mode.mmu;
-            let incoming = std::mem::take(&mut block.incoming);
-            let jump = &mut env.jumps[index as usize][slot];
-            if *jump == entry {
-                *jump = self.routines_of(index).miss as u64;
-            }
-            for site in incoming {
-                self.unlink(site);
+            if !self.blocks[id as usize].stale {
+                self.counters.stale_blocks += 1;
+                self.detach(env, id);
             }
         }
+    }
+
+    /// Nothing leads to the block any more.
+    fn detach(&mut self, env: &mut Env, id: BlockId) {
+        let block = &mut self.blocks[id as usize];
+        block.stale = true;
+        let slot = block.linear as usize % JUMP_SLOTS;
+        let entry = u64::from(block.entry);
+        let index = block.mode.mmu;
+        let incoming = std::mem::take(&mut block.incoming);
+        let jump = &mut env.jumps[index as usize][slot];
+        if *jump == entry {
+            *jump = self.routines_of(index).miss as u64;
+        }
+        for site in incoming {
+            self.unlink(site);
+        }
+    }
+
+    /// A lookup of a group of accesses in the code at `place` failed, although that of its first access would not have. If that is frequent
+    /// the block is translated again, without groups.
+    pub fn note_vain_lookup(&mut self, env: &mut Env, place: u32) {
+        let id = self.block_at(place);
+        let block = &mut self.blocks[id as usize];
+        block.vain_lookups += 1;
+        if block.vain_lookups == VAIN_LOOKUPS && !block.stale {
+            let key = (block.linear, block.mode.mmu as u8);
+            if let Some(ids) = self.by_address.get_mut(&key) {
+                ids.retain(|other| *other != id);
+            }
+            self.alone.insert(key);
+            self.detach(env, id);
+        }
+    }
+
+    fn block_at(&self, place: u32) -> BlockId {
+        let after = self.blocks.partition_point(|b| b.entry <= place);
+        after.checked_sub(1).expect("code belongs to a block") as BlockId
     }
 
     /// The jump of `site` leads to its stub again.
@@ -326,6 +360,7 @@ impl Cache {
             seen: translated.seen,
             incoming: Vec::new(),
             traps: translated.traps.into(),
+            vain_lookups: 0,
         };
         if tracing::enabled!(target: "lodger_dbt_x86::dump", tracing::Level::TRACE) {
             let start = (linear & 0xfff) as usize;
@@ -361,6 +396,7 @@ impl Cache {
             page,
             global,
             mode,
+            grouping: !self.alone.contains(&(linear, mode.mmu as u8)),
         };
         let buffer = std::mem::take(&mut self.buffer);
         let mut code = Code::new(self.memory.next(16), buffer);
@@ -438,8 +474,7 @@ impl Cache {
     /// The instruction on which the host trapped at `place`, and its guest address.
     pub fn trapped(&self, place: u64) -> (u64, Trap) {
         let place = place as u32;
-        let after = self.blocks.partition_point(|b| b.entry <= place);
-        let block = &self.blocks[after.checked_sub(1).expect("code belongs to a block")];
+        let block = &self.blocks[self.block_at(place) as usize];
         let found = block.traps.iter().find(|trap| trap.place == place);
         let trap = found.expect("only noted instructions trap");
         (block.linear.wrapping_add(trap.offset.into()), *trap)

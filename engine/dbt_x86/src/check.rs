@@ -3,9 +3,9 @@
 use iced_x86::{Instruction, Register};
 use lodger_softmmu::{ENTRIES, TlbEntry};
 
-use crate::emit::{Mem, Op, Reg, S, T, abs, at, cc};
+use crate::emit::{Mem, Op, RSP, Reg, S, T, abs, at, cc};
 use crate::exits::Rare;
-use crate::translate::{Block, Site};
+use crate::translate::{Block, Site, Span};
 
 const TAG: i32 = TlbEntry::LAYOUT.0 as i32;
 const PAGE: i32 = TlbEntry::LAYOUT.1 as i32;
@@ -71,23 +71,64 @@ impl Block<'_> {
         None
     }
 
-    /// Looks up an access of the instruction at `rip`: S becomes its host address. T is destroyed; the flags, too, so they are
-    /// saved first if any are `live`.
-    pub fn check(&mut self, address: Address, size: u8, write: bool, live: u32, rip: u64) {
+    /// Looks up an access of the current instruction: the operand in host memory. S and T are destroyed; the flags, too, so they are saved
+    /// first if any are `live`.
+    pub fn check(&mut self, address: Address, size: u8, write: bool, live: u32) -> Mem {
+        let Some(place) = address.place() else {
+            self.group = None;
+            self.look_up(address, size, write, live);
+            return at(S, 0);
+        };
+        if let Some(operand) = self.grouped(place, size, write) {
+            return operand;
+        }
+        let group = self.new_group(place, size, write);
+        let skip = (place.disp - group.start) as u16;
+        let range = Span {
+            skip,
+            len: group.span as u16,
+            write: group.write,
+            stack: place.base == RSP,
+        };
+        self.look_up_range(
+            Address::Register(group.base, group.start),
+            range,
+            size,
+            write,
+            live,
+        );
+        self.group = Some(group);
+        at(S, skip.into())
+    }
+
+    /// The same without regard to other accesses: S becomes the host address.
+    pub fn look_up(&mut self, address: Address, size: u8, write: bool, live: u32) {
+        let range = Span {
+            skip: 0,
+            len: size.into(),
+            write,
+            stack: false,
+        };
+        self.look_up_range(address, range, size, write, live);
+    }
+
+    fn look_up_range(&mut self, address: Address, range: Span, size: u8, write: bool, live: u32) {
         if live != 0 {
             self.save_flags();
         }
-        let retry = self.code.here() as u32;
         let site = Site::Access {
-            rip,
-            retry,
+            rip: self.insns[self.index].instruction.ip(),
+            retry: self.code.here() as u32,
             size,
             write,
+            range,
             rest: self.rest,
         };
         let constant = self.address(address);
-        let table = self.layout.tables[self.source.mode.mmu as usize][usize::from(write)];
+        let mmu = self.source.mode.mmu;
+        let table = self.layout.tables[mmu as usize][usize::from(range.write)];
         let entry = match constant {
+            _ if range.stack => abs(self.layout.stack(mmu)),
             Some(linear) => {
                 let slot = (linear >> 12) as usize % ENTRIES;
                 abs(table + (slot * size_of::<TlbEntry>()) as u32)
@@ -104,9 +145,13 @@ impl Block<'_> {
         };
         let tag = plus(entry, TAG);
         self.code.op(Op::Sub, S, tag);
-        self.code.cmp_imm(S, 4096 - i32::from(size));
+        self.code.cmp_imm(S, 4096 - i32::from(range.len));
         let jump = self.code.jcc_forward(cc::A);
-        self.stub(jump, Rare::Tagged(tag), site);
+        let rare = match range.stack {
+            true => Rare::Stack(tag),
+            false => Rare::Tagged(tag),
+        };
+        self.stub(jump, rare, site);
         self.code.op(Op::Add, S, plus(entry, PAGE));
     }
 }

@@ -4,7 +4,7 @@ use std::mem::offset_of;
 
 use lodger_host_sys::low::LowBox;
 use lodger_interp::Cpu;
-use lodger_softmmu::{Direction, MmuIndex};
+use lodger_softmmu::{Direction, MmuIndex, TlbEntry};
 use lodger_x86::{Msrs, Segment};
 
 /// Slots of a jump table: an address is looked up by its low 16 bits.
@@ -40,6 +40,10 @@ pub struct Env {
     /// Masks for PEXT: the sign, and all of RFLAGS but IF.
     pub sign_mask: u64,
     pub no_if_mask: u64,
+    /// Where to try again after a miss.
+    pub retry: u64,
+    /// By privilege, the page of the latest access off RSP.
+    pub stacks: [TlbEntry; 3],
     /// Registers of a repeated string instruction.
     pub strings: [u64; 4],
     /// Ticks until the limit, if ticks are counted.
@@ -122,6 +126,14 @@ impl Layout {
     }
     pub fn trap_flags(&self) -> u32 {
         self.env + offset_of!(Env, trap_flags) as u32
+    }
+    pub fn retry(&self) -> u32 {
+        self.env + offset_of!(Env, retry) as u32
+    }
+    /// The entry of the stack's page.
+    pub fn stack(&self, index: MmuIndex) -> u32 {
+        let entry = index as usize * size_of::<TlbEntry>();
+        self.env + (offset_of!(Env, stacks) + entry) as u32
     }
     pub fn sign_mask(&self) -> u32 {
         self.env + offset_of!(Env, sign_mask) as u32

@@ -6,7 +6,6 @@
 use crate::emit::{Jump, Mem, Op, RCX, S, T, abs, at, cc};
 use crate::env::JUMP_SLOTS;
 use crate::flags::Flags;
-use crate::insn::Insn;
 use crate::insn::Kind;
 use crate::translate::{Block, Site};
 
@@ -25,6 +24,8 @@ pub enum Rare {
     Leave,
     /// The tag was subtracted from the address; it is at this place.
     Tagged(Mem),
+    /// The same, and the lookup was in the stack's entry.
+    Stack(Mem),
     /// A direct jump to where `live` flags are needed.
     Direct { live: u32 },
     /// A jump to another page.
@@ -33,8 +34,8 @@ pub enum Rare {
 
 impl Block<'_> {
     /// Counts all instructions of the block that are not the interpreter's, or leaves before the first if they are too many.
-    pub fn charge(&mut self, insns: &[Insn]) {
-        let counted = insns.iter().filter(|i| i.kind != Kind::Interpret);
+    pub fn charge(&mut self) {
+        let counted = self.insns.iter().filter(|i| i.kind != Kind::Interpret);
         self.total = counted.count() as u8;
         self.rest = self.total;
         if self.total == 0 {
@@ -146,6 +147,15 @@ impl Block<'_> {
                 Rare::Tagged(tag) => {
                     self.code.op(Op::Add, S, tag);
                     self.leave_with(stub.site);
+                }
+                Rare::Stack(tag) => {
+                    self.code.op(Op::Add, S, tag);
+                    if let Site::Access { retry, .. } = self.sites[stub.site as usize] {
+                        self.code.store_imm32(abs(self.layout.retry()), retry);
+                    }
+                    self.code.mov_imm(T, stub.site.into());
+                    self.code
+                        .jmp(self.routines.refill_stack[self.source.mode.mmu as usize]);
                 }
                 Rare::Far(target) => self.far(target),
                 Rare::Direct { live } => {

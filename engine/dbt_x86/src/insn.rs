@@ -5,6 +5,7 @@ use iced_x86::{
 };
 use lodger_native::{Class, MemUse, in_place};
 
+use crate::group::written;
 use crate::translate::Mode;
 
 /// The status flags, as iced's bits.
@@ -86,6 +87,8 @@ pub struct Insn {
     pub live: u32,
     /// Flags that what follows needs.
     pub live_after: u32,
+    /// General registers that it writes, of those instructions for which that matters.
+    pub written: u16,
 }
 
 /// R10 or R11, whatever the width.
@@ -102,8 +105,14 @@ impl Insn {
             vector: false,
             live: FLAGS,
             live_after: FLAGS,
+            written: 0,
         };
         insn.kind = insn.classify(info, mode);
+        insn.written = match insn.kind {
+            Kind::Registers | Kind::Memory { .. } => written(&insn, info),
+            Kind::Constant(_) => 1 << instruction.op0_register().number(),
+            _ => 0,
+        };
         insn
     }
 

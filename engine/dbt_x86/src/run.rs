@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use lodger_host_sys::low::LowBox;
 use lodger_interp::{CodeSize, Cpu, Next, RIP, Translator, canonical, seg};
-use lodger_softmmu::MmuIndex;
+use lodger_softmmu::{Direction, MmuIndex, TlbEntry};
 use lodger_vcpu::EngineError;
 use lodger_x86::bits::{RFlags, STATUS_FLAGS};
 use lodger_x86::paging::Access;
@@ -16,7 +16,7 @@ use crate::env::{Env, JUMP_SLOTS, Layout, exit};
 use crate::insn::Simd;
 use crate::stats::{Counters, Shared};
 use crate::timer::Timer;
-use crate::translate::{Mode, Site};
+use crate::translate::{Mode, Site, Span};
 use crate::traps::{self, Executing};
 
 /// The translator of one vCPU.
@@ -34,6 +34,8 @@ pub struct Dbt {
     attended: u64,
     /// Instructions with vector registers that ring 0 has executed one by one.
     ring0_vectors: u32,
+    /// The TLB's when copies of its entries were made.
+    tlb_age: u64,
 }
 
 // SAFETY: the pointer in `executing` is to what this owns.
@@ -81,6 +83,7 @@ impl Dbt {
             published,
             attended: 0,
             ring0_vectors: 0,
+            tlb_age: u64::MAX,
             env,
             cache,
             timer: None,
@@ -155,6 +158,28 @@ impl Dbt {
         self.env.ticks_left = self.env.ticks_left.wrapping_add(count.into());
     }
 
+    /// Whether a lookup will succeed now; what it needs beside the TLB is put there.
+    fn find_range(&mut self, cpu: &Cpu, start: u64, range: Span) -> bool {
+        let direction = match range.write || range.stack {
+            true => Direction::Write,
+            false => Direction::Read,
+        };
+        let entry = cpu.tlb.entry(cpu.mmu, direction, start);
+        let found = entry.host(start, range.len.into()).is_some();
+        if found && range.stack {
+            self.env.stacks[cpu.mmu as usize] = *entry;
+        }
+        found
+    }
+
+    /// Forgets copies of TLB entries if any may be wrong.
+    fn drop_old_entries(&mut self, cpu: &Cpu) {
+        if self.tlb_age != cpu.tlb.age() {
+            self.tlb_age = cpu.tlb.age();
+            self.env.stacks = [TlbEntry::NONE; 3];
+        }
+    }
+
     fn run_code(&mut self, cpu: &mut Cpu) -> Next {
         let mmu = cpu.mmu;
         let mode = Mode {
@@ -170,6 +195,7 @@ impl Dbt {
         self.env.argument = rip;
         let mut target = self.env.jumps[mmu as usize][rip as usize % JUMP_SLOTS];
         loop {
+            self.drop_old_entries(cpu);
             let exit = self.enter(cpu, target);
             self.cache.counters.entries += 1;
             match exit {
@@ -246,12 +272,18 @@ impl Dbt {
                         retry,
                         size,
                         write,
+                        range,
                         rest,
                     } => {
                         let access = if write { Access::Write } else { Access::Read };
-                        let linear = self.env.argument;
+                        let start = self.env.argument;
+                        let linear = start.wrapping_add(range.skip.into());
                         cpu.set_rip(rip);
-                        if !cpu.prepare(linear, size.into(), access) {
+                        let ready = cpu.prepare(linear, size.into(), access);
+                        if ready && !self.find_range(cpu, start, range) {
+                            self.cache.note_vain_lookup(&mut self.env, retry);
+                        }
+                        if !(ready && self.find_range(cpu, start, range)) {
                             self.refund(rest);
                             self.cache.counters.slow_accesses += 1;
                             return Next::Interpret;

@@ -49,25 +49,28 @@ impl Block<'_> {
     }
 
     /// PUSHFQ.
-    pub fn push_flags(&mut self, rip: u64) {
+    pub fn push_flags(&mut self, i: &Instruction) {
         self.save_flags();
-        self.check(Address::Register(RSP, -8), 8, true, 0, rip);
+        let place = self.check(Address::Register(RSP, -8), 8, true, 0);
         let value = abs(self.layout.value());
         self.code.op(Op::Store, RAX, value);
         let others = STATUS_FLAGS | RFlags::RF.bits() | RFlags::VM.bits();
         self.assemble_rflags(!others as u32);
-        self.code.op(Op::Store, RAX, at(S, 0));
+        self.code.mov(T, RAX);
         self.code.op(Op::Mov, RAX, value);
+        self.note_trap(i);
+        self.code.op(Op::Store, T, place);
         self.code.op(Op::Lea, RSP, at(RSP, -8));
     }
 
     /// POPFQ, as long as it changes no more than the status flags and, in ring 0, IF.
-    pub fn pop_flags(&mut self, site: Site, live: u32, rip: u64) {
-        self.check(Address::Register(RSP, 0), 8, false, live, rip);
+    pub fn pop_flags(&mut self, i: &Instruction, site: Site, live: u32) {
+        let place = self.check(Address::Register(RSP, 0), 8, false, live);
         let (value, flags) = (self.layout.value(), self.layout.rflags());
         let ring0 = self.source.mode.is_ring0();
         let harmless = STATUS_FLAGS | if ring0 { IF } else { 0 };
-        self.code.op(Op::Mov, S, at(S, 0));
+        self.note_trap(i);
+        self.code.op(Op::Mov, S, place);
         self.code.op(Op::Mov, T, abs(flags));
         self.asm([
             Instruction::with2(Code::Xor_r64_rm64, R::R10, R::R11),
@@ -154,10 +157,10 @@ impl Block<'_> {
         let down = self.code.jcc_forward(cc::NE);
         self.stub(down, Rare::Leave, site);
         if moves {
-            self.check(Address::Register(Reg(6), 0), size, false, 0, rip);
+            self.look_up(Address::Register(Reg(6), 0), size, false, 0);
             self.asm([Instruction::with2(Code::Mov_rm64_r64, source_host, R::R11)]);
         }
-        self.check(Address::Register(Reg(7), 0), size, true, 0, rip);
+        self.look_up(Address::Register(Reg(7), 0), size, true, 0);
         // T: bytes that are left of the nearer page's end.
         self.asm([
             Instruction::with2(Code::Mov_r32_rm32, R::R10D, R::EDI),

@@ -15,10 +15,11 @@ use iced_x86::{
 use lodger_softmmu::MmuIndex;
 
 use crate::check::Address;
-use crate::emit::{Code as HostCode, Op, RBP, RSP, Reg, S, T, abs, at};
+use crate::emit::{Code as HostCode, Mem, Op, RBP, RSP, Reg, S, T, abs, at};
 use crate::env::Layout;
 use crate::exits::Stub;
 use crate::flags::Flags;
+use crate::group::Group;
 use crate::insn::{FLAGS, Insn, Kind, Simd, is_stolen};
 use crate::routines::Routines;
 
@@ -51,12 +52,13 @@ pub enum Site {
     },
     /// There are requests in the midst of the repeated string instruction at `rip`.
     Repeat { rip: u64, rest: u8 },
-    /// The access of the instruction at `rip` to the address in S missed the TLB; try again at `retry` when that is better.
+    /// The access of the instruction at `rip` missed the TLB; the address of the range that was looked up is in S. Try again at `retry` when that is better.
     Access {
         rip: u64,
         retry: u32,
         size: u8,
         write: bool,
+        range: Span,
         /// Instructions of the block from this one on, if ticks are counted.
         rest: u8,
     },
@@ -66,6 +68,19 @@ pub enum Site {
     Indirect { rip: u64, undo: i64 },
     /// The tick limit is nearer than the end of the block at `rip`, which has so many instructions.
     Limit { rip: u64, total: u8 },
+}
+
+/// What is looked up for an access.
+#[derive(Debug, Clone, Copy)]
+pub struct Span {
+    /// Bytes of it before the access.
+    pub skip: u16,
+    /// Its bytes.
+    pub len: u16,
+    /// For writing, too.
+    pub write: bool,
+    /// In the stack's entry.
+    pub stack: bool,
 }
 
 /// What the translation depends on.
@@ -92,6 +107,8 @@ pub struct Source<'a> {
     /// The page is mapped in all address spaces.
     pub global: bool,
     pub mode: Mode,
+    /// Accesses may be looked up together.
+    pub grouping: bool,
 }
 
 /// A translated block.
@@ -150,6 +167,13 @@ pub struct Block<'a> {
     pub stubs: Vec<Stub>,
     traps: Vec<Trap>,
     pub flags: Flags,
+    /// The block's instructions, and which is current.
+    pub insns: Vec<Insn>,
+    pub index: usize,
+    /// What S holds.
+    pub group: Option<Group>,
+    /// Groups may have more than one member.
+    pub grouping: bool,
     /// Instructions of the block, and of these not yet executed before the current one; zero if ticks are not counted.
     pub total: u8,
     pub rest: u8,
@@ -181,6 +205,10 @@ impl<'a> Block<'a> {
             stubs: Vec::new(),
             traps: Vec::new(),
             flags: Flags::Register,
+            insns: Vec::new(),
+            index: 0,
+            group: None,
+            grouping: source.grouping,
             total: 0,
             rest: 0,
             seen: (source.linear & 0xfff) as usize..(source.linear & 0xfff) as usize,
@@ -192,12 +220,18 @@ impl<'a> Block<'a> {
     pub fn translate(mut self) -> Option<Translated> {
         let mut insns = std::mem::take(&mut self.tools.insns);
         self.decode(&mut insns);
-        let translated = (!insns.is_empty()).then(|| self.emit(&mut insns));
-        self.tools.insns = insns;
+        let mut needs = 0;
+        if !insns.is_empty() {
+            self.find_live(&mut insns);
+            needs = insns[0].live;
+        }
+        self.insns = insns;
+        let translated = (!self.insns.is_empty()).then(|| self.emit());
+        self.tools.insns = std::mem::take(&mut self.insns);
         let (body, len, count) = translated?;
         Some(Translated {
             body,
-            needs: self.tools.insns[0].live,
+            needs,
             traps: self.traps,
             seen: self.seen,
             len,
@@ -316,18 +350,19 @@ impl<'a> Block<'a> {
     }
 
     /// Emits everything; the body's address, and the bytes and number of guest instructions.
-    fn emit(&mut self, insns: &mut [Insn]) -> (usize, usize, usize) {
-        self.find_live(insns);
+    fn emit(&mut self) -> (usize, usize, usize) {
         let start = self.source.linear;
-        self.prologue(insns[0].live);
+        self.prologue(self.insns[0].live);
         let body = self.code.here();
         if self.source.mode.counted {
-            self.charge(insns);
+            self.charge();
         }
         let mut ended = false;
         let mut end = start;
         let mut count = 0;
-        for insn in insns.iter() {
+        for index in 0..self.insns.len() {
+            self.index = index;
+            let insn = &self.insns[index].clone();
             let (length, stubs, flags) = (self.code.bytes.len(), self.stubs.len(), self.flags);
             end = insn.instruction.next_ip();
             count += 1;
@@ -335,11 +370,13 @@ impl<'a> Block<'a> {
                 self.code.bytes.truncate(length);
                 self.stubs.truncate(stubs);
                 self.flags = flags;
+                self.group = None;
                 self.leave_at(self.interpret(insn));
                 ended = true;
                 break;
             }
             ended = insn.ends_block();
+            self.keep_group(insn);
             self.rest = self.rest.saturating_sub(1);
         }
         if !ended {
@@ -383,7 +420,7 @@ impl<'a> Block<'a> {
     }
 
     /// The host may trap on the instruction that comes next.
-    fn note_trap(&mut self, i: &Instruction) {
+    pub fn note_trap(&mut self, i: &Instruction) {
         self.traps.push(Trap {
             place: self.code.here() as u32,
             offset: i.ip().wrapping_sub(self.source.linear) as u16,
@@ -413,41 +450,48 @@ impl<'a> Block<'a> {
                 .mov_imm(Reg(i.op0_register().number() as u8), value),
             Kind::Memory { size, write } => self.memory(insn, size, write)?,
             Kind::Push(register) => {
-                self.check(Address::Register(RSP, -8), 8, true, live, rip);
+                let place = self.check(Address::Register(RSP, -8), 8, true, live);
                 let value = self.get(register, T);
-                self.code.op(Op::Store, value, at(S, 0));
+                self.note_trap(i);
+                self.code.op(Op::Store, value, place);
                 self.code.op(Op::Lea, RSP, at(RSP, -8));
             }
             Kind::PushImmediate(value) => {
-                self.check(Address::Register(RSP, -8), 8, true, live, rip);
-                self.code.store_imm(at(S, 0), value);
+                let place = self.check(Address::Register(RSP, -8), 8, true, live);
+                self.note_trap(i);
+                self.code.store_imm(place, value);
                 self.code.op(Op::Lea, RSP, at(RSP, -8));
             }
             Kind::PushMemory => {
-                self.read_value(i, live, rip);
-                self.push_value(live, rip);
+                self.read_value(i, live);
+                let place = self.check(Address::Register(RSP, -8), 8, true, live);
+                self.code.op(Op::Mov, T, abs(self.layout.value()));
+                self.note_trap(i);
+                self.code.op(Op::Store, T, place);
+                self.code.op(Op::Lea, RSP, at(RSP, -8));
             }
             Kind::Pop(register) => {
-                self.check(Address::Register(RSP, 0), 8, false, live, rip);
+                let place = self.check(Address::Register(RSP, 0), 8, false, live);
                 let number = register.number();
+                self.note_trap(i);
                 if is_stolen(register) {
-                    self.code.op(Op::Mov, T, at(S, 0));
+                    self.code.op(Op::Mov, T, place);
                     self.store(number, T);
                 } else {
-                    self.code.op(Op::Mov, Reg(number as u8), at(S, 0));
+                    self.code.op(Op::Mov, Reg(number as u8), place);
                 }
                 if register != Register::RSP {
                     self.code.op(Op::Lea, RSP, at(RSP, 8));
                 }
             }
             Kind::Leave => {
-                self.check(Address::Register(RBP, 0), 8, false, live, rip);
+                let place = self.check(Address::Register(RBP, 0), 8, false, live);
                 self.code.op(Op::Lea, RSP, at(RBP, 8));
-                self.code.op(Op::Mov, RBP, at(S, 0));
+                self.code.op(Op::Mov, RBP, place);
             }
             Kind::MoveSegment(number) => self.move_segment(i.op0_register(), number),
-            Kind::PushFlags => self.push_flags(rip),
-            Kind::PopFlags => self.pop_flags(self.interpret(insn), live, rip),
+            Kind::PushFlags => self.push_flags(i),
+            Kind::PopFlags => self.pop_flags(i, self.interpret(insn), live),
             Kind::ClearInterrupts => self.clear_interrupts(),
             Kind::SetInterrupts => self.set_interrupts(self.interpret(insn)),
             Kind::SwapGs => self.swap_gs(),
@@ -480,8 +524,8 @@ impl<'a> Block<'a> {
                 self.go(target, rip.wrapping_add(1), live);
             }
             Kind::Call(target) => {
-                self.check(Address::Register(RSP, -8), 8, true, live, rip);
-                self.push_return(i.next_ip());
+                let place = self.check(Address::Register(RSP, -8), 8, true, live);
+                self.push_return(i, place);
                 let live = self.ahead(target, 2);
                 self.go(target, rip, live);
             }
@@ -496,8 +540,9 @@ impl<'a> Block<'a> {
             }
             Kind::JumpMemory => {
                 self.save_flags();
-                self.check(Address::Operand(i), 8, false, live, rip);
-                self.code.op(Op::Mov, S, at(S, 0));
+                let place = self.check(Address::Operand(i), 8, false, live);
+                self.note_trap(i);
+                self.code.op(Op::Mov, S, place);
                 self.indirect(rip, 0);
             }
             Kind::CallRegister(register) => {
@@ -509,14 +554,15 @@ impl<'a> Block<'a> {
             }
             Kind::CallMemory => {
                 self.save_flags();
-                self.read_value(i, live, rip);
+                self.read_value(i, live);
                 self.call_value(i, live, rip);
             }
             Kind::Return(release) => {
                 self.save_flags();
-                self.check(Address::Register(RSP, 0), 8, false, live, rip);
+                let place = self.check(Address::Register(RSP, 0), 8, false, live);
                 let by = 8 + i32::from(release);
-                self.code.op(Op::Mov, S, at(S, 0));
+                self.note_trap(i);
+                self.code.op(Op::Mov, S, place);
                 self.code.op(Op::Lea, RSP, at(RSP, by));
                 self.indirect(rip, -i64::from(by));
             }
@@ -535,36 +581,36 @@ impl<'a> Block<'a> {
     }
 
     /// Reads the 64-bit memory operand into `Env::value`.
-    fn read_value(&mut self, i: &Instruction, live: u32, rip: u64) {
-        self.check(Address::Operand(i), 8, false, live, rip);
-        self.code.op(Op::Mov, T, at(S, 0));
+    fn read_value(&mut self, i: &Instruction, live: u32) {
+        let place = self.check(Address::Operand(i), 8, false, live);
+        self.note_trap(i);
+        self.code.op(Op::Mov, T, place);
         self.code.op(Op::Store, T, abs(self.layout.value()));
     }
 
-    fn push_value(&mut self, live: u32, rip: u64) {
-        self.check(Address::Register(RSP, -8), 8, true, live, rip);
-        self.code.op(Op::Mov, T, abs(self.layout.value()));
-        self.code.op(Op::Store, T, at(S, 0));
-        self.code.op(Op::Lea, RSP, at(RSP, -8));
-    }
-
     fn call_value(&mut self, i: &Instruction, live: u32, rip: u64) {
-        self.check(Address::Register(RSP, -8), 8, true, live, rip);
+        let place = self.check(Address::Register(RSP, -8), 8, true, live);
         // What the return address replaces, in case that the target is found to be not canonical.
-        self.code.op(Op::Mov, T, at(S, 0));
+        self.note_trap(i);
+        self.code.op(Op::Mov, T, place);
         self.code.op(Op::Store, T, abs(self.layout.replaced()));
-        self.push_return(i.next_ip());
+        self.push_return(i, place);
         self.code.op(Op::Mov, S, abs(self.layout.value()));
         self.indirect(rip, 8);
     }
 
-    /// Pushes the return address; S is where.
-    fn push_return(&mut self, address: u64) {
+    /// Pushes the return address of a call to `place`.
+    fn push_return(&mut self, call: &Instruction, place: Mem) {
+        let address = call.next_ip();
         match i32::try_from(address as i64) {
-            Ok(value) => self.code.store_imm(at(S, 0), value),
+            Ok(value) => {
+                self.note_trap(call);
+                self.code.store_imm(place, value);
+            }
             Err(_) => {
                 self.code.mov_imm(T, address);
-                self.code.op(Op::Store, T, at(S, 0));
+                self.note_trap(call);
+                self.code.op(Op::Store, T, place);
             }
         }
         self.code.op(Op::Lea, RSP, at(RSP, -8));
@@ -643,13 +689,13 @@ impl<'a> Block<'a> {
     /// An instruction with a memory operand.
     fn memory(&mut self, insn: &Insn, size: u8, write: bool) -> Result<(), Unencodable> {
         let i = &insn.instruction;
-        self.check(Address::Operand(i), size, write, insn.live, i.ip());
+        let place = self.check(Address::Operand(i), size, write, insn.live);
         let mut host = *i;
         host.set_memory_base(Register::R11);
         host.set_memory_index(Register::None);
         host.set_memory_index_scale(1);
-        host.set_memory_displacement64(0);
-        host.set_memory_displ_size(0);
+        host.set_memory_displacement64(place.disp as u64);
+        host.set_memory_displ_size(u32::from(place.disp != 0));
         host.set_segment_prefix(Register::None);
         let mut data = None;
         for n in 0..i.op_count() {

@@ -42,6 +42,12 @@ pub struct TlbEntry {
 }
 
 impl TlbEntry {
+    /// An entry for a page that cannot be: of addresses that are not canonical, to host addresses on which the host traps.
+    pub const NONE: TlbEntry = TlbEntry {
+        tag: 1 << 63,
+        page: 1 << 63,
+    };
+
     /// Host address of the access of `size` bytes at `linear`, if this entry permits it.
     #[inline(always)]
     pub fn host(&self, linear: u64, size: u64) -> Option<*mut u8> {
@@ -89,6 +95,8 @@ pub struct Tlb {
     /// The smallest aligned range that holds all entered mappings larger than 4 KiB, as address and mask: INVLPG within it
     /// drops everything.
     large: Option<(u64, u64)>,
+    /// How often entries have been dropped or lost a permission.
+    age: u64,
 }
 
 fn slot_of(linear: u64) -> usize {
@@ -110,6 +118,7 @@ impl Tlb {
             facts: vec![[0; ENTRIES]; 3].try_into().expect("three"),
             filled: Vec::new(),
             large: None,
+            age: 0,
         })
     }
 
@@ -117,6 +126,11 @@ impl Tlb {
     pub fn table(&self, index: MmuIndex, direction: Direction) -> u32 {
         let table = index as usize * 2 + direction as usize;
         self.tables.address() + (table * size_of::<Table>()) as u32
+    }
+
+    /// Changes whenever a copy of an entry may have become wrong.
+    pub fn age(&self) -> u64 {
+        self.age
     }
 
     /// The entry in which a translation of `linear` would be.
@@ -182,6 +196,7 @@ impl Tlb {
 
     /// Drops everything.
     pub fn flush(&mut self) {
+        self.age += 1;
         for (index, slot) in std::mem::take(&mut self.filled) {
             self.clear(index, slot.into());
             self.facts[index as usize][usize::from(slot)] = 0;
@@ -191,6 +206,7 @@ impl Tlb {
 
     /// Drops everything but global pages (a CR3 load).
     pub fn flush_local(&mut self) {
+        self.age += 1;
         let mut filled = std::mem::take(&mut self.filled);
         filled.retain(|&(index, slot)| {
             let facts = self.facts[index as usize][usize::from(slot)];
@@ -207,6 +223,7 @@ impl Tlb {
     /// Drops the translation of the page at `linear` (INVLPG), also if it is part of a large page; whether that meant to
     /// drop everything.
     pub fn flush_page(&mut self, linear: u64) -> bool {
+        self.age += 1;
         if self.large.is_some_and(|(base, mask)| linear & mask == base) {
             self.flush();
             return true;
@@ -222,6 +239,7 @@ impl Tlb {
 
     /// Drops the write permission from all entries of guest-physical `page`: it holds code now.
     pub fn protect(&mut self, page: u64) {
+        self.age += 1;
         for &(index, slot) in &self.filled {
             let slot = usize::from(slot);
             if self.facts[index as usize][slot] & !BITS == page {

@@ -1,0 +1,270 @@
+//! Accesses off the same base share one lookup: the first of them looks up a range that holds those that follow, and leaves the
+//! range's host address in S for as long as nothing else needs S and the base changes by known amounts only.
+
+use iced_x86::{InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
+
+use crate::check::Address;
+use crate::emit::{Mem, Reg, S, at};
+use crate::insn::{Insn, Kind, is_stolen};
+use crate::translate::Block;
+
+/// Bytes that a group covers, at most. Ranges that cross a page's end are looked up in vain.
+const SPAN: i32 = 256;
+
+/// A base register and a displacement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    pub base: Reg,
+    pub disp: i32,
+}
+
+/// A range whose host address is in S. Displacements are from the base's present value.
+#[derive(Debug, Clone, Copy)]
+pub struct Group {
+    pub base: Reg,
+    /// What S points to.
+    pub start: i32,
+    /// Bytes from there.
+    pub span: i32,
+    /// It was looked up for writing, too.
+    pub write: bool,
+}
+
+impl Group {
+    /// The operand of an access in the range.
+    fn operand(&self, place: Place, size: u8, write: bool) -> Option<Mem> {
+        let offset = place.disp.checked_sub(self.start)?;
+        let inside = offset >= 0 && offset + i32::from(size) <= self.span;
+        let found = self.base == place.base && inside && (self.write || !write);
+        found.then(|| at(S, offset))
+    }
+}
+
+/// What an instruction does to a base register.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Effect {
+    Adds(i32),
+    Unknown,
+}
+
+/// An access to memory off a base register.
+#[derive(Debug, Clone, Copy)]
+struct Member {
+    place: Place,
+    size: u8,
+    write: bool,
+}
+
+impl Address<'_> {
+    /// The address as base and displacement, if it is as simple as that.
+    pub fn place(&self) -> Option<Place> {
+        match self {
+            Address::Register(base, disp) => Some(Place {
+                base: *base,
+                disp: *disp,
+            }),
+            Address::Operand(i) => {
+                let base = i.memory_base();
+                let simple = base.is_gpr64()
+                    && !is_stolen(base)
+                    && i.memory_index() == Register::None
+                    && !matches!(i.memory_segment(), Register::FS | Register::GS);
+                simple.then(|| Place {
+                    base: Reg(base.number() as u8),
+                    disp: i.memory_displacement64() as i32,
+                })
+            }
+        }
+    }
+}
+
+/// Bits of the general registers that an instruction writes.
+pub fn written(insn: &Insn, info: &mut InstructionInfoFactory) -> u16 {
+    let writes = |access| {
+        !matches!(
+            access,
+            OpAccess::None | OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess
+        )
+    };
+    info.info(&insn.instruction)
+        .used_registers()
+        .iter()
+        .filter(|used| used.register().is_gpr() && writes(used.access()))
+        .fold(0, |bits, used| {
+            bits | 1 << used.register().full_register().number()
+        })
+}
+
+const STACK: Reg = Reg(4);
+const FRAME: Reg = Reg(5);
+
+impl Insn {
+    /// The access that is its first, if a group may hold it.
+    fn member(&self) -> Option<Member> {
+        let stack = |disp, write| {
+            Some(Member {
+                place: Place { base: STACK, disp },
+                size: 8,
+                write,
+            })
+        };
+        match self.kind {
+            Kind::Memory { size, write } => Some(Member {
+                place: Address::Operand(&self.instruction).place()?,
+                size,
+                write,
+            }),
+            Kind::Push(_) | Kind::PushImmediate(_) | Kind::Call(_) | Kind::CallRegister(_) => {
+                stack(-8, true)
+            }
+            Kind::Pop(_) | Kind::Return(_) => stack(0, false),
+            Kind::Leave => Some(Member {
+                place: Place {
+                    base: FRAME,
+                    disp: 0,
+                },
+                size: 8,
+                write: false,
+            }),
+            _ => None,
+        }
+    }
+
+    /// What it does to `base`.
+    fn effect(&self, base: Reg) -> Effect {
+        let i = &self.instruction;
+        let written = self.written >> base.0 & 1 != 0;
+        match self.kind {
+            Kind::Push(_) | Kind::PushImmediate(_) if base == STACK => Effect::Adds(-8),
+            Kind::Pop(Register::RSP) if base == STACK => Effect::Unknown,
+            Kind::Pop(register) if register.number() == base.0 as usize => Effect::Unknown,
+            Kind::Pop(_) if base == STACK => Effect::Adds(8),
+            Kind::Push(_) | Kind::PushImmediate(_) | Kind::Pop(_) => Effect::Adds(0),
+            Kind::Nothing | Kind::Branch(_) => Effect::Adds(0),
+            Kind::Constant(_) | Kind::Memory { .. } | Kind::Registers if !written => {
+                Effect::Adds(0)
+            }
+            Kind::Registers if i.op0_register().is_gpr64() => {
+                let immediate = (i.op_count() == 2)
+                    .then(|| match i.op1_kind() {
+                        OpKind::Immediate8to64 => i32::try_from(i.immediate8to64()).ok(),
+                        OpKind::Immediate32to64 => i32::try_from(i.immediate32to64()).ok(),
+                        _ => None,
+                    })
+                    .flatten();
+                let by = match i.mnemonic() {
+                    Mnemonic::Add => immediate,
+                    Mnemonic::Sub => immediate.and_then(i32::checked_neg),
+                    Mnemonic::Inc => Some(1),
+                    Mnemonic::Dec => Some(-1),
+                    Mnemonic::Lea
+                        if i.memory_base() == i.op0_register()
+                            && i.memory_index() == Register::None =>
+                    {
+                        i32::try_from(i.memory_displacement64() as i64).ok()
+                    }
+                    _ => None,
+                };
+                by.map_or(Effect::Unknown, Effect::Adds)
+            }
+            _ => Effect::Unknown,
+        }
+    }
+
+    /// Whether S keeps its value, once its operand, if it has one, is found.
+    fn keeps_s(&self) -> bool {
+        let i = &self.instruction;
+        let in_s = |n| i.op_kind(n) == OpKind::Register && is_stolen(i.op_register(n));
+        match self.kind {
+            Kind::Registers | Kind::Constant(_) => {
+                !(0..i.op_count()).any(in_s)
+                    && !is_stolen(i.memory_base())
+                    && !is_stolen(i.memory_index())
+            }
+            Kind::Nothing
+            | Kind::Memory { .. }
+            | Kind::Push(_)
+            | Kind::PushImmediate(_)
+            | Kind::Pop(_)
+            | Kind::Branch(_) => true,
+            _ => false,
+        }
+    }
+}
+
+impl Block<'_> {
+    /// The operand, if what is in S holds it.
+    pub fn grouped(&self, place: Place, size: u8, write: bool) -> Option<Mem> {
+        self.group?.operand(place, size, write)
+    }
+
+    /// A group that begins with an access of the current instruction and holds what it may of those that follow.
+    pub fn new_group(&self, place: Place, size: u8, write: bool) -> Group {
+        let base = place.base;
+        let (mut low, mut high) = (place.disp, place.disp.saturating_add(size.into()));
+        let group = |low, high, write| Group {
+            base,
+            start: low,
+            span: high - low,
+            write,
+        };
+        let mut best = group(low, high, write);
+        if !self.grouping {
+            return best;
+        }
+        let current = &self.insns[self.index];
+        let (mut moved, mut write, mut behind_branch) = (0_i32, write, false);
+        let mut insn = current;
+        for next in &self.insns[self.index + 1..] {
+            let Effect::Adds(by) = insn.effect(base) else {
+                break;
+            };
+            let Some(sum) = moved.checked_add(by) else {
+                break;
+            };
+            moved = sum;
+            if !insn.keeps_s() {
+                break;
+            }
+            behind_branch |= matches!(insn.kind, Kind::Branch(_));
+            insn = next;
+            match next.member() {
+                Some(member) if member.place.base == base => {
+                    let Some(disp) = member.place.disp.checked_add(moved) else {
+                        break;
+                    };
+                    if member.write && !write && behind_branch {
+                        break;
+                    }
+                    let (new_low, new_high) = (
+                        low.min(disp),
+                        high.max(disp.saturating_add(member.size.into())),
+                    );
+                    if i64::from(new_high) - i64::from(new_low) > SPAN.into() {
+                        break;
+                    }
+                    (low, high) = (new_low, new_high);
+                    write |= member.write;
+                    best = group(low, high, write);
+                }
+                None if !matches!(next.kind, Kind::Memory { .. }) => {}
+                _ => break,
+            }
+        }
+        best
+    }
+
+    /// The current instruction has been executed: what S holds now.
+    pub fn keep_group(&mut self, insn: &Insn) {
+        self.group = match self.group {
+            Some(group) if insn.keeps_s() => match insn.effect(group.base) {
+                Effect::Adds(by) => group
+                    .start
+                    .checked_sub(by)
+                    .map(|start| Group { start, ..group }),
+                Effect::Unknown => None,
+            },
+            _ => None,
+        };
+    }
+}
