@@ -3,8 +3,9 @@
 use iced_x86::{Instruction, Register};
 use lodger_softmmu::{ENTRIES, TlbEntry};
 
-use crate::emit::{Mem, Op, RSP, Reg, S, T, abs, at, cc};
+use crate::emit::{Mem, Op, Reg, S, T, abs, at, cc};
 use crate::exits::Rare;
+use crate::group::{Base, Group};
 use crate::translate::{Block, Site, Span};
 
 const TAG: i32 = TlbEntry::LAYOUT.0 as i32;
@@ -16,6 +17,8 @@ pub enum Address<'a> {
     Operand(&'a Instruction),
     /// A register and a displacement.
     Register(Reg, i32),
+    /// The start of a group.
+    Group(Group),
 }
 
 impl Block<'_> {
@@ -24,6 +27,10 @@ impl Block<'_> {
         let i = match address {
             Address::Register(base, disp) => {
                 self.code.op(Op::Lea, S, at(base, disp));
+                return None;
+            }
+            Address::Group(group) => {
+                self.code.op(Op::Lea, S, group.base.at(group.start));
                 return None;
             }
             Address::Operand(i) => i,
@@ -88,15 +95,9 @@ impl Block<'_> {
             skip,
             len: group.span as u16,
             write: group.write,
-            stack: place.base == RSP,
+            stack: place.base == Base::STACK,
         };
-        self.look_up_range(
-            Address::Register(group.base, group.start),
-            range,
-            size,
-            write,
-            live,
-        );
+        self.look_up_range(Address::Group(group), range, size, write, live);
         self.group = Some(group);
         at(S, skip.into())
     }

@@ -4,24 +4,49 @@
 use iced_x86::{InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
 use crate::check::Address;
-use crate::emit::{Mem, Reg, S, at};
+use crate::emit::{Mem, RBP, RSP, Reg, S, at};
 use crate::insn::{Insn, Kind, is_stolen};
 use crate::translate::Block;
 
 /// Bytes that a group covers, at most. Ranges that cross a page's end are looked up in vain.
 const SPAN: i32 = 256;
 
-/// A base register and a displacement.
+/// The registers of an address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Base {
+    pub base: Reg,
+    /// The index register and its scale's logarithm.
+    pub index: Option<(Reg, u8)>,
+}
+
+impl Base {
+    pub const STACK: Base = Base {
+        base: RSP,
+        index: None,
+    };
+
+    /// The operand at a displacement from it.
+    pub fn at(self, disp: i32) -> Mem {
+        Mem {
+            base: Some(self.base),
+            index: self.index.map(|(index, _)| index),
+            scale: self.index.map_or(0, |(_, scale)| scale),
+            disp,
+        }
+    }
+}
+
+/// An address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
-    pub base: Reg,
+    pub base: Base,
     pub disp: i32,
 }
 
 /// A range whose host address is in S. Displacements are from the base's present value.
 #[derive(Debug, Clone, Copy)]
 pub struct Group {
-    pub base: Reg,
+    pub base: Base,
     /// What S points to.
     pub start: i32,
     /// Bytes from there.
@@ -40,7 +65,7 @@ impl Group {
     }
 }
 
-/// What an instruction does to a base register.
+/// What an instruction does to a register, or to the sum of several.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Effect {
     Adds(i32),
@@ -60,17 +85,29 @@ impl Address<'_> {
     pub fn place(&self) -> Option<Place> {
         match self {
             Address::Register(base, disp) => Some(Place {
-                base: *base,
+                base: Base {
+                    base: *base,
+                    index: None,
+                },
                 disp: *disp,
             }),
+            Address::Group(group) => Some(Place {
+                base: group.base,
+                disp: group.start,
+            }),
             Address::Operand(i) => {
-                let base = i.memory_base();
-                let simple = base.is_gpr64()
-                    && !is_stolen(base)
-                    && i.memory_index() == Register::None
+                let (base, index) = (i.memory_base(), i.memory_index());
+                let own = |register: Register| register.is_gpr64() && !is_stolen(register);
+                let simple = own(base)
+                    && (index == Register::None || own(index))
                     && !matches!(i.memory_segment(), Register::FS | Register::GS);
+                let scale = i.memory_index_scale().trailing_zeros() as u8;
                 simple.then(|| Place {
-                    base: Reg(base.number() as u8),
+                    base: Base {
+                        base: Reg(base.number() as u8),
+                        index: (index != Register::None)
+                            .then(|| (Reg(index.number() as u8), scale)),
+                    },
                     disp: i.memory_displacement64() as i32,
                 })
             }
@@ -95,15 +132,15 @@ pub fn written(insn: &Insn, info: &mut InstructionInfoFactory) -> u16 {
         })
 }
 
-const STACK: Reg = Reg(4);
-const FRAME: Reg = Reg(5);
-
 impl Insn {
     /// The access that is its first, if a group may hold it.
     fn member(&self) -> Option<Member> {
         let stack = |disp, write| {
             Some(Member {
-                place: Place { base: STACK, disp },
+                place: Place {
+                    base: Base::STACK,
+                    disp,
+                },
                 size: 8,
                 write,
             })
@@ -119,10 +156,7 @@ impl Insn {
             }
             Kind::Pop(_) | Kind::Return(_) => stack(0, false),
             Kind::Leave => Some(Member {
-                place: Place {
-                    base: FRAME,
-                    disp: 0,
-                },
+                place: Address::Register(RBP, 0).place()?,
                 size: 8,
                 write: false,
             }),
@@ -130,15 +164,32 @@ impl Insn {
         }
     }
 
-    /// What it does to `base`.
+    /// What it does to an address.
+    fn effect_on(&self, base: Base) -> Effect {
+        let sum = |index: i32, scale: u8, by: i32| {
+            index
+                .checked_mul(1 << scale)
+                .and_then(|index| index.checked_add(by))
+        };
+        match (self.effect(base.base), base.index) {
+            (effect, None) => effect,
+            (Effect::Unknown, _) => Effect::Unknown,
+            (Effect::Adds(by), Some((index, scale))) => match self.effect(index) {
+                Effect::Unknown => Effect::Unknown,
+                Effect::Adds(index) => sum(index, scale, by).map_or(Effect::Unknown, Effect::Adds),
+            },
+        }
+    }
+
+    /// What it does to a register.
     fn effect(&self, base: Reg) -> Effect {
         let i = &self.instruction;
         let written = self.written >> base.0 & 1 != 0;
         match self.kind {
-            Kind::Push(_) | Kind::PushImmediate(_) if base == STACK => Effect::Adds(-8),
-            Kind::Pop(Register::RSP) if base == STACK => Effect::Unknown,
+            Kind::Push(_) | Kind::PushImmediate(_) if base == RSP => Effect::Adds(-8),
+            Kind::Pop(Register::RSP) if base == RSP => Effect::Unknown,
             Kind::Pop(register) if register.number() == base.0 as usize => Effect::Unknown,
-            Kind::Pop(_) if base == STACK => Effect::Adds(8),
+            Kind::Pop(_) if base == RSP => Effect::Adds(8),
             Kind::Push(_) | Kind::PushImmediate(_) | Kind::Pop(_) => Effect::Adds(0),
             Kind::Nothing | Kind::Branch(_) => Effect::Adds(0),
             Kind::Constant(_) | Kind::Memory { .. } | Kind::Registers if !written => {
@@ -216,7 +267,7 @@ impl Block<'_> {
         let (mut moved, mut write, mut behind_branch) = (0_i32, write, false);
         let mut insn = current;
         for next in &self.insns[self.index + 1..] {
-            let Effect::Adds(by) = insn.effect(base) else {
+            let Effect::Adds(by) = insn.effect_on(base) else {
                 break;
             };
             let Some(sum) = moved.checked_add(by) else {
@@ -257,7 +308,7 @@ impl Block<'_> {
     /// The current instruction has been executed: what S holds now.
     pub fn keep_group(&mut self, insn: &Insn) {
         self.group = match self.group {
-            Some(group) if insn.keeps_s() => match insn.effect(group.base) {
+            Some(group) if insn.keeps_s() => match insn.effect_on(group.base) {
                 Effect::Adds(by) => group
                     .start
                     .checked_sub(by)
