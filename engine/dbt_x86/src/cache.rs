@@ -6,7 +6,7 @@
 //! * through a jump table, which the vCPU empties when the mapping of code may have changed (of pages that are not
 //!   global only, if only those may have);
 //! * by a direct jump from the same page, which holds as long as both blocks do; or between global pages, until a global
-//!   mapping may have changed.
+//!   mapping may have changed. A block that is an instruction across two pages depends on the second page's mapping, too.
 //!
 //! When code is written its page's blocks become stale: nothing leads to them any more. If it turns out that the bytes that their translation depends on are
 //! as before, they are taken into use again. Memory is freed all at once, when it is used up.
@@ -23,7 +23,7 @@ use lodger_softmmu::MmuIndex;
 
 use crate::dump;
 use crate::emit::{Code, distance};
-use crate::env::{Env, JUMP_SLOTS, Layout};
+use crate::env::{Env, JUMP_SLOTS, Layout, jump_slot};
 use crate::routines::{Routines, assemble};
 use crate::stats::Counters;
 use crate::translate::{Block as Translation, Mode, Site, Source, Tools, Translated, Trap};
@@ -39,6 +39,8 @@ const MAX_SITES: usize = 1 << 22;
 
 /// Vain lookups of groups after which a block does without.
 const VAIN_LOOKUPS: u32 = 16;
+/// Refills of an access's own entry, between two flushes, after which it does without.
+pub const REFILLS: i32 = 32;
 
 pub type BlockId = u32;
 
@@ -66,8 +68,20 @@ struct Block {
     /// Sites whose jump leads here.
     incoming: Vec<u32>,
     traps: Box<[Trap]>,
+    sites: Range<u32>,
     /// See [`Cache::note_vain_lookup`].
     vain_lookups: u32,
+}
+
+impl Block {
+    /// Numbers of the linear pages that it is in.
+    fn pages(&self) -> impl Iterator<Item = u64> + use<> {
+        let first = self.linear >> 12;
+        let second = self
+            .second
+            .map(|_| first.wrapping_add(1) & (u64::MAX >> 12));
+        second.into_iter().chain([first])
+    }
 }
 
 pub struct Cache {
@@ -85,10 +99,14 @@ pub struct Cache {
     by_page: HashMap<u64, Vec<BlockId>>,
     /// Blocks whose accesses are each looked up alone.
     alone: HashSet<(u64, u8)>,
-    /// Slots of the jump tables that lead somewhere.
-    filled: Vec<(MmuIndex, u16, bool)>,
-    /// Direct jumps to another page.
-    crossing: Vec<u32>,
+    /// Instructions of user code whose accesses change pages often.
+    wanderers: HashSet<u64>,
+    /// Entries of sites that are taken.
+    entries: usize,
+    /// Slots of the jump tables that lead somewhere: to code that is not global, to code that is.
+    filled: [Vec<u32>; 2],
+    /// Direct jumps to another page or to an instruction that goes on in another, not global and global.
+    crossing: [Vec<u32>; 2],
     /// Linear pages that a jump table or a crossing jump leads to.
     reached: HashSet<u64>,
     buffer: Vec<u8>,
@@ -115,8 +133,10 @@ impl Cache {
             by_address: HashMap::new(),
             by_page: HashMap::new(),
             alone: HashSet::new(),
-            filled: Vec::new(),
-            crossing: Vec::new(),
+            wanderers: HashSet::new(),
+            entries: 0,
+            filled: [const { Vec::new() }; 2],
+            crossing: [const { Vec::new() }; 2],
             reached: HashSet::new(),
             buffer: Vec::new(),
             hasher: RandomState::new(),
@@ -131,8 +151,9 @@ impl Cache {
 
     /// Makes the jump tables lead nowhere.
     pub fn init(&self, env: &mut LowBox<Env>) {
-        for (index, table) in env.jumps.iter_mut().enumerate() {
-            table.fill(self.routines(index == USER).miss as u64);
+        let user = jump_slot(MmuIndex::User, 0);
+        for (slot, jump) in env.jumps.iter_mut().enumerate() {
+            *jump = self.routines(slot >= user).miss as u64;
         }
     }
 
@@ -159,46 +180,52 @@ impl Cache {
 
     /// Forgets everything.
     pub fn clear(&mut self, env: &mut Env) {
-        self.empty_tables(env, |_| true);
+        self.empty_slots(env, false);
+        self.empty_slots(env, true);
         self.memory.truncate(self.fixed);
         self.sites.clear();
         self.blocks.clear();
         self.by_address.clear();
         self.by_page.clear();
         self.alone.clear();
-        self.crossing.clear();
+        self.wanderers.clear();
+        self.entries = 0;
+        env.empty_sites();
+        self.crossing.iter_mut().for_each(Vec::clear);
         self.reached.clear();
         self.counters.cache_flushes += 1;
     }
 
-    fn empty_tables(&mut self, env: &mut Env, drop: impl Fn(bool) -> bool) {
-        let miss = |index| match index {
-            MmuIndex::User => self.routines[0].miss,
-            _ => self.routines[usize::from(!self.ring0_vectors)].miss,
-        };
-        self.filled.retain(|&(index, slot, global)| {
-            let dropped = drop(global);
-            if dropped {
-                env.jumps[index as usize][usize::from(slot)] = miss(index) as u64;
-            }
-            !dropped
-        });
+    /// Empties the slots of global code or of all other.
+    fn empty_slots(&mut self, env: &mut Env, global: bool) {
+        let filled = &mut self.filled[usize::from(global)];
+        for slot in filled.drain(..) {
+            let user = slot >= jump_slot(MmuIndex::User, 0) as u32;
+            let routines = &self.routines[usize::from(!(user || self.ring0_vectors))];
+            env.jumps[slot as usize] = routines.miss as u64;
+        }
     }
 
     /// All mappings but global ones may have changed.
     pub fn local_mappings_changed(&mut self, env: &mut Env) {
         self.counters.local_flushes += 1;
-        self.empty_tables(env, |global| !global);
+        self.drop_ways(env, false);
     }
 
     /// All mappings may have changed.
     pub fn all_mappings_changed(&mut self, env: &mut Env) {
         self.counters.full_flushes += 1;
-        self.empty_tables(env, |_| true);
-        for site in std::mem::take(&mut self.crossing) {
+        self.drop_ways(env, false);
+        self.drop_ways(env, true);
+        self.reached.clear();
+    }
+
+    /// No way that depends on mappings leads to global code or to all other any more.
+    fn drop_ways(&mut self, env: &mut Env, global: bool) {
+        self.empty_slots(env, global);
+        for site in std::mem::take(&mut self.crossing[usize::from(global)]) {
             self.unlink(site);
         }
-        self.reached.clear();
     }
 
     /// The mapping of one page may have changed.
@@ -222,11 +249,11 @@ impl Cache {
     fn detach(&mut self, env: &mut Env, id: BlockId) {
         let block = &mut self.blocks[id as usize];
         block.stale = true;
-        let slot = block.linear as usize % JUMP_SLOTS;
-        let entry = u64::from(block.entry);
         let index = block.mode.mmu;
+        let slot = jump_slot(index, block.linear);
+        let entry = u64::from(block.entry);
         let incoming = std::mem::take(&mut block.incoming);
-        let jump = &mut env.jumps[index as usize][slot];
+        let jump = &mut env.jumps[slot];
         if *jump == entry {
             *jump = self.routines_of(index).miss as u64;
         }
@@ -241,12 +268,46 @@ impl Cache {
         let id = self.block_at(place);
         let block = &mut self.blocks[id as usize];
         block.vain_lookups += 1;
-        if block.vain_lookups == VAIN_LOOKUPS && !block.stale {
-            let key = (block.linear, block.mode.mmu as u8);
-            if let Some(ids) = self.by_address.get_mut(&key) {
-                ids.retain(|other| *other != id);
-            }
-            self.alone.insert(key);
+        if block.vain_lookups == VAIN_LOOKUPS {
+            self.alone.insert((block.linear, block.mode.mmu as u8));
+            self.retire(env, id);
+        }
+    }
+
+    /// The code at `place` may have accesses that change pages so often that their own entries are no use: then it is translated again,
+    /// without these.
+    pub fn look_at_entries(&mut self, env: &mut Env, place: u32) {
+        let id = self.block_at(place);
+        let sites = self.blocks[id as usize].sites.clone();
+        let often = |site: &Site, least: u32| match site {
+            Site::Access {
+                rip,
+                entry: Some(entry),
+                ..
+            } => (env.site(*entry).refills >= least).then_some(*rip),
+            _ => None,
+        };
+        let sites = &self.sites[sites.start as usize..sites.end as usize];
+        if sites
+            .iter()
+            .any(|site| often(site, REFILLS as u32).is_some())
+        {
+            let wanderers = sites
+                .iter()
+                .filter_map(|site| often(site, REFILLS as u32 / 2));
+            self.wanderers.extend(wanderers);
+            self.retire(env, id);
+        }
+    }
+
+    /// The block will never be used again.
+    fn retire(&mut self, env: &mut Env, id: BlockId) {
+        let block = &self.blocks[id as usize];
+        let key = (block.linear, block.mode.mmu as u8);
+        if let Some(ids) = self.by_address.get_mut(&key) {
+            ids.retain(|other| *other != id);
+        }
+        if !block.stale {
             self.detach(env, id);
         }
     }
@@ -334,6 +395,7 @@ impl Cache {
         cpu.peek(physical & !0xfff, &mut page[..4096]);
         let mut second = None;
         let base = self.memory.next(16);
+        let first_site = self.sites.len() as u32;
         let mut translated = self.translate_bytes(linear, &page[..4096], global, mode);
         if translated.is_none() {
             // The instruction goes on in the next page.
@@ -360,6 +422,7 @@ impl Cache {
             seen: translated.seen,
             incoming: Vec::new(),
             traps: translated.traps.into(),
+            sites: first_site..self.sites.len() as u32,
             vain_lookups: 0,
         };
         if tracing::enabled!(target: "lodger_dbt_x86::dump", tracing::Level::TRACE) {
@@ -396,6 +459,7 @@ impl Cache {
             page,
             global,
             mode,
+            wanderers: &self.wanderers,
             grouping: !self.alone.contains(&(linear, mode.mmu as u8)),
         };
         let buffer = std::mem::take(&mut self.buffer);
@@ -407,7 +471,7 @@ impl Cache {
             &source,
             routines,
             &mut code,
-            &mut self.sites,
+            (&mut self.sites, &mut self.entries),
         )
         .translate();
         self.buffer = code.bytes;
@@ -431,15 +495,12 @@ impl Cache {
             return;
         };
         let block = &mut self.blocks[id as usize];
-        if block.second.is_some() && !block.global {
+        if leaves_page && !block.global {
             return;
         }
-        if leaves_page {
-            if !block.global {
-                return;
-            }
-            self.crossing.push(site);
-            self.reached.insert(block.linear >> 12);
+        if leaves_page || block.second.is_some() {
+            self.crossing[usize::from(block.global)].push(site);
+            self.reached.extend(block.pages());
         }
         self.counters.links += 1;
         // It may be there from before a flush; the guest must not make the list grow.
@@ -459,13 +520,13 @@ impl Cache {
     /// Makes the jump table lead to a block.
     pub fn enter_in_table(&mut self, env: &mut Env, id: BlockId) {
         let block = &self.blocks[id as usize];
-        let slot = block.linear as usize % JUMP_SLOTS;
-        let index = block.mode.mmu;
-        let place = &mut env.jumps[index as usize][slot];
-        *place = block.entry.into();
-        self.filled.push((index, slot as u16, block.global));
-        self.reached.insert(block.linear >> 12);
-        if self.filled.len() > 4 * JUMP_SLOTS {
+        let slot = jump_slot(block.mode.mmu, block.linear);
+        env.jumps[slot] = block.entry.into();
+        let filled = &mut self.filled[usize::from(block.global)];
+        filled.push(slot as u32);
+        let many = filled.len() > JUMP_SLOTS;
+        self.reached.extend(block.pages());
+        if many {
             // Slots that were filled again and again.
             self.all_mappings_changed(env);
         }

@@ -1,11 +1,13 @@
 //! The lookup of a memory operand in the TLB: from a guest effective address to the host address of the access.
 
 use iced_x86::{Instruction, Register};
-use lodger_softmmu::{ENTRIES, TlbEntry};
+use lodger_softmmu::{ENTRIES, MmuIndex, TlbEntry};
 
 use crate::emit::{Mem, Op, Reg, S, T, abs, at, cc};
+use crate::env::{BOUNCE, SITE_ENTRIES};
 use crate::exits::Rare;
 use crate::group::{Base, Group};
+use crate::refill::SITE_BITS;
 use crate::translate::{Block, Site, Span};
 
 const TAG: i32 = TlbEntry::LAYOUT.0 as i32;
@@ -19,6 +21,17 @@ pub enum Address<'a> {
     Register(Reg, i32),
     /// The start of a group.
     Group(Group),
+}
+
+/// Where a lookup looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lookup {
+    /// In the TLB.
+    Tlb,
+    /// In the stack's entry.
+    Stack,
+    /// In the access's own entry, at this address.
+    Site(u32),
 }
 
 impl Block<'_> {
@@ -117,24 +130,32 @@ impl Block<'_> {
         if live != 0 {
             self.save_flags();
         }
-        let site = Site::Access {
+        let mut site = Site::Access {
             rip: self.insns[self.index].instruction.ip(),
             retry: self.code.here() as u32,
+            resume: 0,
             size,
             write,
             range,
+            entry: None,
             rest: self.rest,
         };
         let constant = self.address(address);
         let mmu = self.source.mode.mmu;
         let table = self.layout.tables[mmu as usize][usize::from(range.write)];
-        let entry = match constant {
-            _ if range.stack => abs(self.layout.stack(mmu)),
-            Some(linear) => {
+        let lookup = match constant {
+            _ if range.stack => Lookup::Stack,
+            Some(_) => Lookup::Tlb,
+            None => self.own_entry().map_or(Lookup::Tlb, Lookup::Site),
+        };
+        let place = match (lookup, constant) {
+            (Lookup::Stack, _) => abs(self.layout.stack(mmu)),
+            (Lookup::Site(entry), _) => abs(entry),
+            (Lookup::Tlb, Some(linear)) => {
                 let slot = (linear >> 12) as usize % ENTRIES;
                 abs(table + (slot * size_of::<TlbEntry>()) as u32)
             }
-            None => {
+            (Lookup::Tlb, None) => {
                 self.code.rorx(T, S, 8);
                 self.code.and32(T, (ENTRIES as u32 - 1) << 4);
                 at(T, table as i32)
@@ -144,15 +165,68 @@ impl Block<'_> {
             disp: mem.disp + by,
             ..mem
         };
-        let tag = plus(entry, TAG);
+        let tag = plus(place, TAG);
         self.code.op(Op::Sub, S, tag);
         self.code.cmp_imm(S, 4096 - i32::from(range.len));
         let jump = self.code.jcc_forward(cc::A);
-        let rare = match range.stack {
-            true => Rare::Stack(tag),
-            false => Rare::Tagged(tag),
+        self.code.op(Op::Add, S, plus(place, PAGE));
+        if let Site::Access { resume, entry, .. } = &mut site {
+            *resume = self.code.here() as u32;
+            if let Lookup::Site(address) = lookup {
+                *entry = Some(address);
+            }
+        }
+        self.stub(jump, Rare::Lookup(tag, lookup), site);
+    }
+
+    /// Address of an entry for the current access alone, if it is to have one: in user code, unless it was seen to change pages often.
+    fn own_entry(&mut self) -> Option<u32> {
+        let rip = self.insns[self.index].instruction.ip();
+        let own = self.source.mode.mmu == MmuIndex::User
+            && *self.entries < SITE_ENTRIES
+            && !self.source.wanderers.contains(&rip);
+        own.then(|| {
+            *self.entries += 1;
+            self.layout.site_entry(*self.entries - 1)
+        })
+    }
+
+    /// The code for a lookup that missed.
+    pub fn missed(&mut self, number: u32, tag: Mem, lookup: Lookup) {
+        let Site::Access {
+            retry,
+            resume,
+            size,
+            write,
+            range,
+            ..
+        } = self.sites[number as usize]
+        else {
+            unreachable!("made by a lookup")
         };
-        self.stub(jump, rare, site);
-        self.code.op(Op::Add, S, plus(entry, PAGE));
+        self.code.op(Op::Add, S, tag);
+        let alone = range.len == u16::from(size) && !range.write && !write;
+        let crosses = alone && (2..=BOUNCE).contains(&i32::from(size));
+        if lookup == Lookup::Tlb && !crosses {
+            return self.leave_with(number);
+        }
+        let refills = self.routines.refills[self.source.mode.mmu as usize];
+        let mut reason = number;
+        if crosses {
+            self.code.store_imm32(abs(self.layout.resume()), resume);
+            reason |= u32::from(size) << SITE_BITS;
+        }
+        if lookup != Lookup::Tlb {
+            self.code.store_imm32(abs(self.layout.retry()), retry);
+        }
+        if let Lookup::Site(entry) = lookup {
+            self.code.store_imm32(abs(self.layout.entry()), entry);
+        }
+        self.code.mov_imm(T, reason.into());
+        self.code.jmp(match lookup {
+            Lookup::Tlb => refills.none,
+            Lookup::Stack => refills.stack,
+            Lookup::Site(_) => refills.site[usize::from(range.write)],
+        });
     }
 }

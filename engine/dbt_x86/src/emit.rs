@@ -249,6 +249,15 @@ impl Code {
         self.modrm(to.0, &abs(mask));
     }
 
+    /// `mov to32, from32`
+    pub fn mov32(&mut self, to: Reg, from: Reg) {
+        self.raw(&[
+            0x40 | (to.0 >> 3) << 2 | from.0 >> 3,
+            0x8b,
+            0xc0 | (to.0 & 7) << 3 | from.0 & 7,
+        ]);
+    }
+
     /// `movzx to32, from16`
     pub fn movzx16(&mut self, to: Reg, from: Reg) {
         self.raw(&[
@@ -387,6 +396,7 @@ mod tests {
         c.pext(S, S, 0x2000);
         c.pext(RCX, RCX, 0x2000);
         c.pdep(T, T, 0x2000);
+        c.mov32(T, S);
         c.movzx16(T, S);
         c.jmp_mem(indexed);
         let skip = c.jcc_forward(cc::A);
@@ -426,6 +436,7 @@ pext rcx,r11,[2000h]
 pext r11,r11,[2000h]
 pext rcx,rcx,[2000h]
 pdep r10,r10,[2000h]
+mov r10d,r11d
 movzx r10d,r11w
 jmp qword ptr [r10*8+1234h]";
         let count = expected.lines().count();

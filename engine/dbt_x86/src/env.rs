@@ -7,11 +7,57 @@ use lodger_interp::Cpu;
 use lodger_softmmu::{Direction, MmuIndex, TlbEntry};
 use lodger_x86::{Msrs, Segment};
 
-/// Slots of a jump table: an address is looked up by its low 16 bits.
-pub const JUMP_SLOTS: usize = 1 << 16;
+/// Slots of the jump tables of a privilege: an address is looked up by its low bits. User code jumps through them from page to page, the
+/// kernel's code, which is global, does not.
+const KERNEL_SLOTS: usize = 1 << 16;
+const USER_SLOTS: usize = 1 << 18;
 
-/// Host addresses of code by guest address; all others lead to the miss routine. The code checks the address itself.
-pub type JumpTable = [u64; JUMP_SLOTS];
+/// All slots.
+pub const JUMP_SLOTS: usize = 2 * KERNEL_SLOTS + USER_SLOTS;
+
+/// Slots of a privilege.
+pub const fn jump_slots(index: MmuIndex) -> usize {
+    match index {
+        MmuIndex::User => USER_SLOTS,
+        _ => KERNEL_SLOTS,
+    }
+}
+
+/// The slot of code at `linear`.
+pub fn jump_slot(index: MmuIndex, linear: u64) -> usize {
+    index as usize * KERNEL_SLOTS + linear as usize % jump_slots(index)
+}
+
+/// A copy of a TLB entry for one access of translated code.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct SiteEntry {
+    pub entry: TlbEntry,
+    /// How often it was filled since the last flush.
+    pub refills: u32,
+    /// It is in the list of those that are filled.
+    pub listed: u32,
+}
+
+impl SiteEntry {
+    pub const REFILLS: i32 = offset_of!(SiteEntry, refills) as i32;
+    pub const LISTED: i32 = offset_of!(SiteEntry, listed) as i32;
+    pub const EMPTY: SiteEntry = SiteEntry {
+        entry: TlbEntry::NONE,
+        refills: 0,
+        listed: 0,
+    };
+}
+
+/// Accesses that have an entry of their own, at most.
+pub const SITE_ENTRIES: usize = 1 << 15;
+
+/// Bytes of the longest read that may cross pages.
+pub const BOUNCE: i32 = 32;
+
+/// Aligned, because what is misaligned in guest memory must be misaligned here.
+#[repr(C, align(64))]
+pub struct Bounce([u8; 2 * BOUNCE as usize]);
 
 /// Registers of the translator.
 #[repr(C)]
@@ -42,13 +88,44 @@ pub struct Env {
     pub no_if_mask: u64,
     /// Where to try again after a miss.
     pub retry: u64,
+    /// The code behind a lookup, and its site's entry.
+    pub resume: u64,
+    pub entry: u64,
+    /// Both sides of a read that crosses pages.
+    pub bounce: Bounce,
     /// By privilege, the page of the latest access off RSP.
     pub stacks: [TlbEntry; 3],
     /// Registers of a repeated string instruction.
     pub strings: [u64; 4],
     /// Ticks until the limit, if ticks are counted.
     pub ticks_left: u64,
-    pub jumps: [JumpTable; 3],
+    /// By slot, host addresses of code; all others lead to the miss routine. The code checks the address itself.
+    pub jumps: [u64; JUMP_SLOTS],
+    /// How many entries of sites are filled, and their addresses.
+    pub filled_sites: u64,
+    pub site_list: [u32; SITE_ENTRIES],
+    pub sites: [SiteEntry; SITE_ENTRIES],
+}
+
+impl Env {
+    /// Empties the entries of sites.
+    pub fn empty_sites(&mut self) {
+        let count = self.filled_sites as usize;
+        self.filled_sites = 0;
+        for n in 0..count {
+            let number = self.site_number(self.site_list[n]);
+            self.sites[number] = SiteEntry::EMPTY;
+        }
+    }
+
+    fn site_number(&self, address: u32) -> usize {
+        (address as usize - self.sites.as_ptr() as usize) / size_of::<SiteEntry>()
+    }
+
+    /// The entry at an address.
+    pub fn site(&self, address: u32) -> &SiteEntry {
+        &self.sites[self.site_number(address)]
+    }
 }
 
 /// Reasons to leave that belong to no site.
@@ -130,6 +207,25 @@ impl Layout {
     pub fn retry(&self) -> u32 {
         self.env + offset_of!(Env, retry) as u32
     }
+    pub fn resume(&self) -> u32 {
+        self.env + offset_of!(Env, resume) as u32
+    }
+    pub fn entry(&self) -> u32 {
+        self.env + offset_of!(Env, entry) as u32
+    }
+    pub fn bounce(&self) -> u32 {
+        self.env + offset_of!(Env, bounce) as u32
+    }
+    pub fn filled_sites(&self) -> u32 {
+        self.env + offset_of!(Env, filled_sites) as u32
+    }
+    pub fn site_list(&self) -> u32 {
+        self.env + offset_of!(Env, site_list) as u32
+    }
+    /// The entry of a site.
+    pub fn site_entry(&self, number: usize) -> u32 {
+        self.env + (offset_of!(Env, sites) + number * size_of::<SiteEntry>()) as u32
+    }
     /// The entry of the stack's page.
     pub fn stack(&self, index: MmuIndex) -> u32 {
         let entry = index as usize * size_of::<TlbEntry>();
@@ -167,9 +263,8 @@ impl Layout {
     pub fn kernel_gs_base(&self) -> u32 {
         self.cpu + (offset_of!(Cpu, msrs) + offset_of!(Msrs, kernel_gs_base)) as u32
     }
-    /// The jump table of a privilege.
-    pub fn jumps(&self, index: MmuIndex) -> u32 {
-        let table = index as usize * size_of::<JumpTable>();
-        self.env + (offset_of!(Env, jumps) + table) as u32
+    /// A slot of the jump tables.
+    pub fn jump(&self, slot: usize) -> u32 {
+        self.env + (offset_of!(Env, jumps) + slot * size_of::<u64>()) as u32
     }
 }

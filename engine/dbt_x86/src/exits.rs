@@ -3,8 +3,9 @@
 //! Through a table every block is entered with saved flags. A direct jump leads to the block's body, which wants those flags that it
 //! needs in the register: if they are saved it goes through code that restores them, unless the other block is known to need none.
 
+use crate::check::Lookup;
 use crate::emit::{Jump, Mem, Op, RCX, S, T, abs, at, cc};
-use crate::env::JUMP_SLOTS;
+use crate::env::{jump_slot, jump_slots};
 use crate::flags::Flags;
 use crate::insn::Kind;
 use crate::translate::{Block, Site};
@@ -22,10 +23,8 @@ pub struct Stub {
 pub enum Rare {
     /// A site, nothing else to do.
     Leave,
-    /// The tag was subtracted from the address; it is at this place.
-    Tagged(Mem),
-    /// The same, and the lookup was in the stack's entry.
-    Stack(Mem),
+    /// A lookup: the tag was subtracted from the address, and is at this place.
+    Lookup(Mem, Lookup),
     /// A direct jump to where `live` flags are needed.
     Direct { live: u32 },
     /// A jump to another page.
@@ -130,7 +129,7 @@ impl Block<'_> {
         self.leave_with(site);
     }
 
-    fn leave_with(&mut self, site: u32) {
+    pub fn leave_with(&mut self, site: u32) {
         self.code.mov_imm(T, site.into());
         self.code.jmp(match self.flags {
             Flags::Register => self.routines.leave,
@@ -144,19 +143,7 @@ impl Block<'_> {
             self.flags = stub.flags;
             match stub.what {
                 Rare::Leave => self.leave_with(stub.site),
-                Rare::Tagged(tag) => {
-                    self.code.op(Op::Add, S, tag);
-                    self.leave_with(stub.site);
-                }
-                Rare::Stack(tag) => {
-                    self.code.op(Op::Add, S, tag);
-                    if let Site::Access { retry, .. } = self.sites[stub.site as usize] {
-                        self.code.store_imm32(abs(self.layout.retry()), retry);
-                    }
-                    self.code.mov_imm(T, stub.site.into());
-                    self.code
-                        .jmp(self.routines.refill_stack[self.source.mode.mmu as usize]);
-                }
+                Rare::Lookup(tag, lookup) => self.missed(stub.site, tag, lookup),
                 Rare::Far(target) => self.far(target),
                 Rare::Direct { live } => {
                     let here = self.code.here() as u32;
@@ -189,9 +176,8 @@ impl Block<'_> {
     pub fn far(&mut self, target: u64) {
         self.save_flags();
         self.code.mov_imm(S, target);
-        let slot = target as usize % JUMP_SLOTS;
-        let table = self.layout.jumps(self.source.mode.mmu);
-        self.code.jmp_mem(abs(table + 8 * slot as u32));
+        let slot = jump_slot(self.source.mode.mmu, target);
+        self.code.jmp_mem(abs(self.layout.jump(slot)));
     }
 
     /// To the address in S; the flags must be saved.
@@ -199,12 +185,19 @@ impl Block<'_> {
         debug_assert_eq!(self.flags, Flags::Saved);
         let site = self.site(Site::Indirect { rip, undo });
         self.code.store_imm32(abs(self.layout.indirect()), site);
-        self.code.movzx16(T, S);
+        let mmu = self.source.mode.mmu;
+        match jump_slots(mmu) - 1 {
+            0xffff => self.code.movzx16(T, S),
+            mask => {
+                self.code.mov32(T, S);
+                self.code.and32(T, mask as u32);
+            }
+        }
         self.code.jmp_mem(Mem {
             base: None,
             index: Some(T),
             scale: 3,
-            disp: self.layout.jumps(self.source.mode.mmu) as i32,
+            disp: self.layout.jump(jump_slot(mmu, 0)) as i32,
         });
     }
 

@@ -3,9 +3,10 @@
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
-use lodger_softmmu::{Direction, ENTRIES, MmuIndex, TlbEntry};
+use lodger_softmmu::MmuIndex;
 
 use crate::env::{Layout, exit};
+use crate::refill::{self, Refills};
 
 /// Addresses of the routines.
 #[derive(Debug, Clone, Copy)]
@@ -20,9 +21,8 @@ pub struct Routines {
     pub miss: usize,
     /// Where the signal handler continues.
     pub trap: usize,
-    /// By privilege, where a lookup of the address in S in the stack's entry continues when it has missed, with the site in T: it
-    /// tries again at `Env::retry` if the TLB has an entry for writing, else leaves.
-    pub refill_stack: [usize; 3],
+    /// By privilege.
+    pub refills: [Refills<usize>; 3],
 }
 
 /// MXCSR while Rust code runs: everything masked, round to nearest.
@@ -46,7 +46,11 @@ pub fn assemble(layout: &Layout, base: usize) -> Result<(Vec<u8>, [Routines; 2])
                 leave_saved: place(&leave_saved)?,
                 miss: place(&miss)?,
                 trap: place(&trap)?,
-                refill_stack: [place(&kernel)?, place(&kernel_ac)?, place(&user)?],
+                refills: [
+                    kernel.try_map(|label| place(&label))?,
+                    kernel_ac.try_map(|label| place(&label))?,
+                    user.try_map(|label| place(&label))?,
+                ],
             })
         },
     );
@@ -57,7 +61,7 @@ fn emit(
     a: &mut CodeAssembler,
     layout: &Layout,
     vectors: bool,
-) -> Result<([CodeLabel; 5], [CodeLabel; 3]), IcedError> {
+) -> Result<([CodeLabel; 5], [Refills<CodeLabel>; 3]), IcedError> {
     let mut enter = a.create_label();
     let mut leave = a.create_label();
     let mut leave_saved = a.create_label();
@@ -173,54 +177,9 @@ fn emit(
     a.ret()?;
     a.set_label(&mut host_mxcsr)?;
     a.dd(&[HOST_MXCSR])?;
-    let mut refills = [(); 3].map(|()| a.create_label());
-    for (label, index) in
-        refills
-            .iter_mut()
-            .zip([MmuIndex::Kernel, MmuIndex::KernelAc, MmuIndex::User])
-    {
-        a.set_label(label)?;
-        refill_stack(a, layout, index, leave_saved)?;
-    }
+    let kernel = refill::emit(a, layout, MmuIndex::Kernel, leave_saved)?;
+    let kernel_ac = refill::emit(a, layout, MmuIndex::KernelAc, leave_saved)?;
+    let user = refill::emit(a, layout, MmuIndex::User, leave_saved)?;
+    let refills = [kernel, kernel_ac, user];
     Ok(([enter, leave, leave_saved, miss, trap], refills))
-}
-
-/// See [`Routines::refill_stack`].
-fn refill_stack(
-    a: &mut CodeAssembler,
-    layout: &Layout,
-    index: MmuIndex,
-    leave: CodeLabel,
-) -> Result<(), IcedError> {
-    let at = |address: u32| qword_ptr(address as i32);
-    let (tag, page) = TlbEntry::LAYOUT;
-    let entry = |offset: usize| layout.stack(index) + offset as u32;
-    let table = |offset: usize| {
-        let table = layout.tables[index as usize][Direction::Write as usize];
-        qword_ptr(r10 + (table + offset as u32) as i32)
-    };
-    let (mut other, mut fail) = (a.create_label(), a.create_label());
-    a.mov(at(layout.exit()), r10)?;
-    a.mov(at(layout.register(0)), rax)?;
-    a.rorx(r10, r11, 8)?;
-    a.and(r10d, (ENTRIES as i32 - 1) << 4)?;
-    a.mov(rax, table(tag))?;
-    // The page is right: the access leaves it.
-    a.cmp(rax, at(entry(tag)))?;
-    a.je(fail)?;
-    a.sub(r11, rax)?;
-    a.cmp(r11, 0xfff)?;
-    a.ja(other)?;
-    a.mov(at(entry(tag)), rax)?;
-    a.mov(rax, table(page))?;
-    a.mov(at(entry(page)), rax)?;
-    a.mov(rax, at(layout.register(0)))?;
-    a.jmp(at(layout.retry()))?;
-    a.set_label(&mut other)?;
-    a.add(r11, rax)?;
-    a.set_label(&mut fail)?;
-    a.mov(rax, at(layout.register(0)))?;
-    a.mov(r10, at(layout.exit()))?;
-    a.jmp(leave)?;
-    Ok(())
 }

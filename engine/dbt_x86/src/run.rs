@@ -12,7 +12,7 @@ use lodger_x86::bits::{RFlags, STATUS_FLAGS};
 use lodger_x86::paging::Access;
 
 use crate::cache::Cache;
-use crate::env::{Env, JUMP_SLOTS, Layout, exit};
+use crate::env::{Env, Layout, SiteEntry, exit, jump_slot};
 use crate::insn::Simd;
 use crate::stats::{Counters, Shared};
 use crate::timer::Timer;
@@ -67,6 +67,7 @@ impl Dbt {
         let layout = Layout::new(cpu, &env);
         env.sign_mask = 1 << 63;
         env.no_if_mask = !RFlags::IF.bits();
+        env.sites.fill(SiteEntry::EMPTY);
         let cache = Cache::new(layout, cpu.vcpus(), exact_flags).map_err(failed)?;
         cache.init(&mut env);
         let range = cache.range();
@@ -177,6 +178,7 @@ impl Dbt {
         if self.tlb_age != cpu.tlb.age() {
             self.tlb_age = cpu.tlb.age();
             self.env.stacks = [TlbEntry::NONE; 3];
+            self.env.empty_sites();
         }
     }
 
@@ -193,7 +195,7 @@ impl Dbt {
         // As if by an indirect jump.
         let rip = cpu.rip();
         self.env.argument = rip;
-        let mut target = self.env.jumps[mmu as usize][rip as usize % JUMP_SLOTS];
+        let mut target = self.env.jumps[jump_slot(mmu, rip)];
         loop {
             self.drop_old_entries(cpu);
             let exit = self.enter(cpu, target);
@@ -273,12 +275,17 @@ impl Dbt {
                         size,
                         write,
                         range,
+                        entry,
                         rest,
+                        ..
                     } => {
                         let access = if write { Access::Write } else { Access::Read };
                         let start = self.env.argument;
                         let linear = start.wrapping_add(range.skip.into());
                         cpu.set_rip(rip);
+                        if entry.is_some() {
+                            self.cache.look_at_entries(&mut self.env, retry);
+                        }
                         let ready = cpu.prepare(linear, size.into(), access);
                         if ready && !self.find_range(cpu, start, range) {
                             self.cache.note_vain_lookup(&mut self.env, retry);

@@ -6,6 +6,7 @@
 //!
 //! An instruction changes nothing before all of its lookups have hit, so it can be interpreted instead at any miss.
 
+use std::collections::HashSet;
 use std::ops::Range;
 
 use iced_x86::{
@@ -56,8 +57,12 @@ pub enum Site {
     Access {
         rip: u64,
         retry: u32,
+        /// Host address of the code behind the lookup.
+        resume: u32,
         size: u8,
         write: bool,
+        /// Address of its own entry.
+        entry: Option<u32>,
         range: Span,
         /// Instructions of the block from this one on, if ticks are counted.
         rest: u8,
@@ -109,6 +114,8 @@ pub struct Source<'a> {
     pub mode: Mode,
     /// Accesses may be looked up together.
     pub grouping: bool,
+    /// Instructions whose accesses change pages often.
+    pub wanderers: &'a HashSet<u64>,
 }
 
 /// A translated block.
@@ -164,6 +171,8 @@ pub struct Block<'a> {
     pub routines: Routines,
     pub code: &'a mut HostCode,
     pub sites: &'a mut Vec<Site>,
+    /// Entries of sites that are taken.
+    pub entries: &'a mut usize,
     pub stubs: Vec<Stub>,
     traps: Vec<Trap>,
     pub flags: Flags,
@@ -193,7 +202,7 @@ impl<'a> Block<'a> {
         source: &'a Source<'a>,
         routines: Routines,
         code: &'a mut HostCode,
-        sites: &'a mut Vec<Site>,
+        (sites, entries): (&'a mut Vec<Site>, &'a mut usize),
     ) -> Block<'a> {
         Block {
             tools,
@@ -202,6 +211,7 @@ impl<'a> Block<'a> {
             routines,
             code,
             sites,
+            entries,
             stubs: Vec::new(),
             traps: Vec::new(),
             flags: Flags::Register,
