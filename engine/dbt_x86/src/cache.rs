@@ -338,7 +338,9 @@ impl Cache {
         let found = candidates.and_then(|ids| {
             let right = |id: &&BlockId| {
                 let block = &self.blocks[**id as usize];
-                block.physical == physical && (!block.global || global) && block.mode == mode
+                // One that was translated before its page became global would do, but it cannot be reached as well.
+                let reach = block.global == global || !block.global && block.second.is_some();
+                block.physical == physical && block.mode == mode && reach
             };
             ids.iter().find(right).copied()
         });
@@ -496,6 +498,7 @@ impl Cache {
         };
         let block = &mut self.blocks[id as usize];
         if leaves_page && !block.global {
+            self.counters.unlinked_jumps += 1;
             return;
         }
         if leaves_page || block.second.is_some() {

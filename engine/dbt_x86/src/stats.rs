@@ -17,6 +17,7 @@ pub struct Counters {
     /// Exits by cause.
     pub entries: u64,
     pub links: u64,
+    pub unlinked_jumps: u64,
     pub table_misses: u64,
     pub tlb_misses: u64,
     pub slow_accesses: u64,
@@ -43,6 +44,7 @@ impl Default for Counters {
             cache_flushes: 0,
             entries: 0,
             links: 0,
+            unlinked_jumps: 0,
             table_misses: 0,
             tlb_misses: 0,
             slow_accesses: 0,
@@ -79,6 +81,7 @@ pub fn sum(shared: &Shared) -> Vec<(String, u64)> {
         add("code cache flushes", c.cache_flushes);
         add("entries to code", c.entries);
         add("jumps linked", c.links);
+        add("direct jumps not linked", c.unlinked_jumps);
         add("jump table misses", c.table_misses);
         add("jump tables emptied, not global", c.local_flushes);
         add("jump tables emptied, all", c.full_flushes);
