@@ -40,6 +40,7 @@ fuzz: *
 
 /// Rooms that may hold unsafe code.
 const UNSAFE: &[&str] = &[
+    "backends/block",
     "support/host_sys",
     "memory/guest_memory",
     "engine/softmmu",

@@ -1,18 +1,40 @@
 //! Block storage on the host: what stands behind a guest's disk, without a word about guests.
 //!
 //! A [`BlockBackend`] is a fixed number of bytes that several threads read and write at once. Buffers are plain slices:
-//! guest RAM has no slices, so whoever serves a guest copies through a bounded buffer of its own, and no unsafe code
-//! is needed here.
+//! guest RAM has no slices, so whoever serves a guest copies through a bounded buffer of its own.
 //!
-//! Limits: [`RawFile`] is the only format, and [`Overlay`] the only copy on write; the size is fixed when it is opened; I/O is synchronous.
+//! | file | what |
+//! |---|---|
+//! | `file.rs` | opening, locking, telling formats apart |
+//! | `raw.rs`, `qcow2/` | the formats |
+//! | `overlay.rs` | a disk that is forgotten at the end |
+//! | `manage.rs` | images as files: create, convert, resize |
+//!
+//! Limits: the size is fixed when it is opened; I/O is synchronous.
 
+mod file;
+mod manage;
 mod overlay;
+mod qcow2;
 mod raw;
 
+pub use file::OpenError;
+pub use manage::{
+    Convert, CreateOptions, ImageInfo, ManageError, Qcow2Info, convert, create, info, resize,
+};
 pub use overlay::Overlay;
-pub use raw::{OpenError, RawFile};
+pub use qcow2::{CheckReport, check};
+pub use raw::RawFile;
 
+use std::fmt;
 use std::io;
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use crate::qcow2::{Reader, Writer};
+use file::{Content, ImageFile};
+use serde::{Deserialize, Serialize};
 
 /// The unit in which disks are addressed and sized.
 pub const SECTOR_SIZE: u64 = 512;
@@ -41,4 +63,105 @@ pub trait BlockBackend: Send + Sync {
 
     /// From now on the range reads as zeroes. With `may_unmap` its space may be given back to the host.
     fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()>;
+
+    /// What is known of the bytes from `offset` on without reading them.
+    fn extent(&self, offset: u64) -> io::Result<Extent> {
+        Ok(Extent {
+            len: self.size_bytes().saturating_sub(offset),
+            zero: false,
+        })
+    }
+}
+
+/// A part of a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Its length in bytes; 0 at the end of the disk only.
+    pub len: u64,
+    /// It reads as zeroes. If not, it may.
+    pub zero: bool,
+}
+
+/// A disk image format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// The bytes of the disk.
+    Raw,
+    /// QEMU's format: takes only the space that is used, may continue another image.
+    Qcow2,
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+        })
+    }
+}
+
+impl FromStr for Format {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Format, String> {
+        match text {
+            "raw" => Ok(Format::Raw),
+            "qcow2" => Ok(Format::Qcow2),
+            _ => Err(format!("unknown format '{text}'; raw and qcow2 are known")),
+        }
+    }
+}
+
+/// Opens the image at `path`.
+///
+/// Without a `format` the first bytes tell it. They may have been written by a guest, so such an image gets no power: a
+/// qcow2 image may not name other files, and a raw one may not become something else.
+pub fn open(
+    path: &Path,
+    read_only: bool,
+    format: Option<Format>,
+) -> Result<Arc<dyn BlockBackend>, OpenError> {
+    let image = ImageFile::open(path, read_only)?;
+    let found = match format {
+        Some(format) => format,
+        None => known_format(path, &image)?,
+    };
+    open_image(path, image, found, format.is_some())
+}
+
+/// `trusted`: the format does not come from the first bytes.
+fn open_image(
+    path: &Path,
+    image: ImageFile,
+    format: Format,
+    trusted: bool,
+) -> Result<Arc<dyn BlockBackend>, OpenError> {
+    Ok(match (format, image.read_only) {
+        (Format::Raw, _) => Arc::new(RawFile::new(image, !trusted)),
+        (Format::Qcow2, true) => Arc::new(Reader::open(path, image, trusted)?),
+        (Format::Qcow2, false) => Arc::new(Writer::open(path, image, trusted)?),
+    })
+}
+
+/// What the image is by its first bytes.
+fn known_format(path: &Path, image: &ImageFile) -> Result<Format, OpenError> {
+    match image.content() {
+        Content::Known(format) => Ok(format),
+        Content::Other(format) => Err(OpenError::OtherFormat {
+            path: path.into(),
+            format,
+        }),
+    }
+}
+
+/// Whether a range lies on a disk of `size` bytes.
+fn check_range(size: u64, offset: u64, len: u64) -> io::Result<()> {
+    match offset.checked_add(len) {
+        Some(end) if end <= size => Ok(()),
+        _ => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "beyond the end of the disk",
+        )),
+    }
 }

@@ -7,17 +7,16 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use crate::{BlockBackend, OpenError, RawFile};
+use crate::{BlockBackend, Format, OpenError, RawFile};
 
 /// Bytes that are copied from the image when a part of them is written: what most file systems write at least.
 const CLUSTER: u64 = 4096;
 
 /// See the module documentation.
-#[derive(Debug)]
 pub struct Overlay {
-    base: RawFile,
+    base: Arc<dyn BlockBackend>,
     top: RawFile,
     /// Which clusters are in `top`, one bit each. A writer that adds one holds it alone.
     present: RwLock<Bits>,
@@ -37,9 +36,9 @@ impl Bits {
 }
 
 impl Overlay {
-    /// A disk with the contents of the raw image at `path`. What is written is kept in `dir`.
-    pub fn open(path: &Path, dir: &Path) -> Result<Overlay, OpenError> {
-        let base = RawFile::open(path, true)?;
+    /// A disk with the contents of the image at `path`, opened as [`open`](crate::open) does it. What is written is kept in `dir`.
+    pub fn open(path: &Path, format: Option<Format>, dir: &Path) -> Result<Overlay, OpenError> {
+        let base = crate::open(path, true, format)?;
         let size = base.size_bytes();
         let top = tempfile::tempfile_in(dir).and_then(|file| RawFile::unnamed(file, size));
         let top = top.map_err(|source| OpenError::Host {
@@ -193,7 +192,7 @@ mod tests {
     #[test]
     fn behaves_like_a_copy_and_leaves_the_image_alone() {
         let (dir, path, image) = base();
-        let disk = Overlay::open(&path, dir.path()).unwrap();
+        let disk = Overlay::open(&path, None, dir.path()).unwrap();
         let mut copy = image.clone();
         // A small generator of numbers, so that a failure can be repeated.
         let mut state = 1u64;
@@ -240,7 +239,7 @@ mod tests {
     #[test]
     fn many_share_an_image_and_see_only_their_own() {
         let (dir, path, image) = base();
-        let disks = [0, 1, 2].map(|_| Overlay::open(&path, dir.path()).unwrap());
+        let disks = [0, 1, 2].map(|_| Overlay::open(&path, None, dir.path()).unwrap());
         for (i, disk) in disks.iter().enumerate() {
             disk.write_at(700, &[i as u8 + 100]).unwrap();
         }
@@ -258,7 +257,7 @@ mod tests {
     #[test]
     fn what_is_beyond_is_refused() {
         let (dir, path, _) = base();
-        let disk = Overlay::open(&path, dir.path()).unwrap();
+        let disk = Overlay::open(&path, None, dir.path()).unwrap();
         for (offset, len) in [(SIZE as u64, 1), (SIZE as u64 - 5, 6), (u64::MAX, 2)] {
             let mut buf = vec![0; len as usize];
             assert!(disk.read_at(offset, &mut buf).is_err());
@@ -266,7 +265,8 @@ mod tests {
             assert!(disk.discard(offset, len).is_err());
             assert!(disk.write_zeroes(offset, len, true).is_err());
         }
-        let nowhere = Overlay::open(&path, &dir.path().join("nowhere")).unwrap_err();
+        let nowhere = Overlay::open(&path, None, &dir.path().join("nowhere"));
+        let nowhere = nowhere.err().unwrap();
         assert!(nowhere.to_string().contains("nowhere"), "{nowhere}");
     }
 }

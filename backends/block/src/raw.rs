@@ -1,160 +1,64 @@
 //! A raw image: byte n of the disk is byte n of a regular file or of a block device.
 //!
-//! * The file is locked with flock(2) as long as it is open: exclusively for writing, shared for reading, so two machines
-//!   never write the same image. The lock is advisory and ends with the process.
 //! * A file whose length is not a multiple of 512 is padded: the disk's size is rounded up, the missing bytes
 //!   read as zeroes, and the first write to them lets the file grow.
 //! * Holes are made with fallocate(2); where the host cannot, a discard does nothing and zeroes are written.
+//! * A disk that is taken for raw because of its first bytes stays one: a write that would make it look like another
+//!   format is refused.
 
-use std::fs::{File, Metadata, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt};
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 
-use rustix::fs::{FallocateFlags, FlockOperation, fallocate, fdatasync, flock};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fdatasync, seek};
 use rustix::io::Errno;
 
-use crate::{BlockBackend, SECTOR_SIZE};
+use crate::file::{Content, ImageFile, LONGEST_MAGIC, LockedFile};
+use crate::{BlockBackend, Extent, Format, OpenError, SECTOR_SIZE};
 
 /// The most zeroes that are written with one call where holes are not supported, in bytes.
 const ZEROES: usize = 64 << 10;
 
-/// Why an image could not be opened. Every message names the file.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// There is no such file.
-    #[error("disk image {}: there is no such file (`truncate -s 1G FILE` makes an empty disk)", path.display())]
-    Missing {
-        /// The image.
-        path: PathBuf,
-    },
-    /// The host denies access.
-    #[error("disk image {}: not permitted to open it for {}", path.display(), if *read_only { "reading" } else { "writing; attach it read-only (FILE,ro), or change its permissions" })]
-    NotPermitted {
-        /// The image.
-        path: PathBuf,
-        /// What was tried.
-        read_only: bool,
-    },
-    /// It is a directory, a pipe or another thing that is not storage.
-    #[error("disk image {}: it is {what}, not a file or a block device", path.display())]
-    NotStorage {
-        /// The image.
-        path: PathBuf,
-        /// What it is instead.
-        what: &'static str,
-    },
-    /// An image in another format; its bytes are not those of the disk.
-    #[error("disk image {}: it is a {format} image, only raw ones are understood; convert it (`qemu-img convert -O raw {} NEW`)", path.display(), path.display())]
-    NotRaw {
-        /// The image.
-        path: PathBuf,
-        /// Its format.
-        format: &'static str,
-    },
-    /// It has no bytes.
-    #[error("disk image {}: it is empty; give it a size (`truncate -s 1G FILE`)", path.display())]
-    Empty {
-        /// The image.
-        path: PathBuf,
-    },
-    /// Another process holds it.
-    #[error("disk image {}: another process is using it; only those who all attach it read-only (FILE,ro) can share an image", path.display())]
-    InUse {
-        /// The image.
-        path: PathBuf,
-    },
-    /// Anything else.
-    #[error("disk image {}: {source}", path.display())]
-    Host {
-        /// The image.
-        path: PathBuf,
-        /// The host's reason.
-        source: io::Error,
-    },
-}
-
 /// See the module documentation.
 #[derive(Debug)]
 pub struct RawFile {
-    file: File,
+    file: LockedFile,
     read_only: bool,
     /// The length of the file when it was opened, in bytes.
     file_len: u64,
     /// `file_len` rounded up to sectors.
     size: u64,
+    /// Writes that would make it look like another format are refused.
+    guarded: bool,
 }
 
 impl RawFile {
-    /// Opens and locks the image at `path`.
+    /// Opens and locks the image at `path`, whatever its first bytes are.
     pub fn open(path: &Path, read_only: bool) -> Result<RawFile, OpenError> {
-        let own = || path.to_path_buf();
-        let failed = |source: io::Error| match source.kind() {
-            io::ErrorKind::NotFound => OpenError::Missing { path: own() },
-            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-                OpenError::NotPermitted {
-                    path: own(),
-                    read_only,
-                }
-            }
-            _ => OpenError::Host {
-                path: own(),
-                source,
-            },
-        };
-        let storage = |meta: &Metadata| match not_storage(meta) {
-            Some(what) => Err(OpenError::NotStorage { path: own(), what }),
-            None => Ok(()),
-        };
-        // Looked at before it is opened, because opening a pipe may wait for ever.
-        storage(&std::fs::metadata(path).map_err(failed)?)?;
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            .open(path)
-            .map_err(failed)?;
-        storage(&file.metadata().map_err(failed)?)?;
-        let lock = match read_only {
-            true => FlockOperation::NonBlockingLockShared,
-            false => FlockOperation::NonBlockingLockExclusive,
-        };
-        match flock(&file, lock) {
-            Err(Errno::WOULDBLOCK) => return Err(OpenError::InUse { path: own() }),
-            Err(Errno::OPNOTSUPP | Errno::NOLCK | Errno::NOSYS | Errno::INVAL) => {
-                tracing::warn!(
-                    "disk image {}: its file system has no locks; do not use it twice",
-                    path.display()
-                );
-            }
-            other => other.map_err(|e| failed(e.into()))?,
+        Ok(RawFile::new(ImageFile::open(path, read_only)?, false))
+    }
+
+    /// `guarded`: it must not become an image of another format.
+    pub(crate) fn new(image: ImageFile, guarded: bool) -> RawFile {
+        RawFile {
+            file: image.file,
+            read_only: image.read_only,
+            file_len: image.len,
+            size: image.len.next_multiple_of(SECTOR_SIZE),
+            guarded,
         }
-        // The end of a block device is found by seeking; its metadata says 0.
-        let file_len = file.seek(SeekFrom::End(0)).map_err(failed)?;
-        if file_len == 0 {
-            return Err(OpenError::Empty { path: own() });
-        }
-        if let Some(format) = other_format(&file) {
-            return Err(OpenError::NotRaw {
-                path: own(),
-                format,
-            });
-        }
-        Ok(RawFile {
-            file,
-            read_only,
-            file_len,
-            size: file_len.next_multiple_of(SECTOR_SIZE),
-        })
     }
 
     /// A disk of `size` bytes, all zero, in a file that nobody else can open.
     pub(crate) fn unnamed(file: File, size: u64) -> io::Result<RawFile> {
         file.set_len(size)?;
         Ok(RawFile {
-            file,
+            file: file.into(),
             read_only: false,
             file_len: size,
             size,
+            guarded: false,
         })
     }
 
@@ -175,42 +79,34 @@ impl RawFile {
         self.check(offset, len)
     }
 
+    /// Whether a write keeps the format that was found at the start.
+    fn check_format(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
+        let at = offset as usize;
+        if !self.guarded || offset >= LONGEST_MAGIC as u64 || buf.is_empty() {
+            return Ok(());
+        }
+        let mut head = [0; LONGEST_MAGIC];
+        crate::file::read_padded(&self.file, 0, &mut head)?;
+        let before = Content::of(&head);
+        let len = buf.len().min(LONGEST_MAGIC - at);
+        head[at..at + len].copy_from_slice(&buf[..len]);
+        match Content::of(&head) {
+            after if after == before || after == Content::Known(Format::Raw) => Ok(()),
+            _ => Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                "the guest writes the header of another image format to a disk that is raw only as far as its contents tell; \
+                 attach it with format=raw if that is meant to be",
+            )),
+        }
+    }
+
     /// fallocate; false if the host cannot do this here.
     fn allocate(&self, how: FallocateFlags, offset: u64, len: u64) -> io::Result<bool> {
-        match fallocate(&self.file, how | FallocateFlags::KEEP_SIZE, offset, len) {
+        match fallocate(&*self.file, how | FallocateFlags::KEEP_SIZE, offset, len) {
             Ok(()) => Ok(true),
             Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::NODEV) => Ok(false),
             Err(e) => Err(e.into()),
         }
-    }
-}
-
-/// What the file is by its first bytes, if it is not raw.
-fn other_format(file: &File) -> Option<&'static str> {
-    let mut head = [0; 8];
-    file.read_exact_at(&mut head, 0).ok()?;
-    let known: [(&[u8], _); 4] = [
-        (b"QFI\xfb", "qcow2"),
-        (b"KDMV", "VMDK"),
-        (b"vhdxfile", "VHDX"),
-        (b"conectix", "VHD"),
-    ];
-    let found = known.iter().find(|(magic, _)| head.starts_with(magic));
-    found.map(|&(_, format)| format)
-}
-
-fn not_storage(meta: &Metadata) -> Option<&'static str> {
-    let t = meta.file_type();
-    if t.is_file() || t.is_block_device() {
-        None
-    } else if t.is_dir() {
-        Some("a directory")
-    } else if t.is_fifo() {
-        Some("a pipe")
-    } else if t.is_char_device() {
-        Some("a character device")
-    } else {
-        Some("a socket or the like")
     }
 }
 
@@ -244,13 +140,14 @@ impl BlockBackend for RawFile {
 
     fn write_at(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
         self.check_write(offset, buf.len() as u64)?;
+        self.check_format(offset, buf)?;
         self.file.write_all_at(buf, offset)
     }
 
     fn flush(&self) -> io::Result<()> {
         match self.read_only {
             true => Ok(()),
-            false => Ok(fdatasync(&self.file)?),
+            false => Ok(fdatasync(&*self.file)?),
         }
     }
 
@@ -260,6 +157,30 @@ impl BlockBackend for RawFile {
             self.allocate(FallocateFlags::PUNCH_HOLE, offset, len)?;
         }
         Ok(())
+    }
+
+    fn extent(&self, offset: u64) -> io::Result<Extent> {
+        let rest = Extent {
+            len: self.size.saturating_sub(offset),
+            zero: false,
+        };
+        let data = match seek(&*self.file, SeekFrom::Data(offset)) {
+            Ok(data) => data,
+            // There is no data any more.
+            Err(Errno::NXIO) => return Ok(Extent { zero: true, ..rest }),
+            Err(_) => return Ok(rest),
+        };
+        if data > offset {
+            let len = data - offset;
+            return Ok(Extent { len, zero: true });
+        }
+        Ok(match seek(&*self.file, SeekFrom::Hole(offset)) {
+            Ok(hole) if hole > offset && hole < self.file_len => Extent {
+                len: hole - offset,
+                zero: false,
+            },
+            _ => rest,
+        })
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
@@ -400,8 +321,5 @@ mod tests {
         let f = image(&[]);
         let e = RawFile::open(f.path(), false).unwrap_err();
         assert!(matches!(e, OpenError::Empty { .. }), "{e}");
-        let f = image(b"QFI\xfb\0\0\0\x03");
-        let e = RawFile::open(f.path(), true).unwrap_err();
-        assert!(e.to_string().contains("a qcow2 image"), "{e}");
     }
 }

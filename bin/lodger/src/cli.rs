@@ -8,6 +8,8 @@ use lodger_net::Forward;
 use lodger_virtio_devices::BlkSpec;
 use lodger_x86::CpuModel;
 
+use crate::disk::DiskCommand;
+
 const RUN_AFTER: &str = "\
 Terminal:
   The guest's first serial port is this terminal; every key goes to the guest, Ctrl-C too. The
@@ -59,6 +61,9 @@ pub enum Command {
     /// Build, list and remove guest images
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Make, describe, convert, check and grow disk images
+    #[command(subcommand)]
+    Disk(DiskCommand),
     /// Check what this host can do, and how to get what it cannot
     Doctor,
 }
@@ -131,9 +136,10 @@ pub struct RunArgs {
     /// the guest changes is forgotten at the end
     #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd"])]
     pub root: Option<PathBuf>,
-    /// A raw disk image, after the root disk if there is one: /dev/vda, then /dev/vdb ... (repeatable).
-    /// `,ro` makes it read-only; with `,temp` what is written to it is forgotten at the end
-    #[arg(long = "disk", value_name = "FILE[,ro|,temp]")]
+    /// A disk image, raw or qcow2, after the root disk if there is one: /dev/vda, then /dev/vdb ...
+    /// (repeatable). `,ro` makes it read-only; with `,temp` what is written to it is forgotten at the
+    /// end; `,format=raw` or `,format=qcow2` says what it is, whatever its first bytes are
+    #[arg(long = "disk", value_name = "FILE[,OPTION...]")]
     pub disks: Vec<Disk>,
     /// The network: `user`: the guest reaches what the host reaches, and the host at 10.0.2.2, without
     /// root; `isolated`: the guest reaches nobody, but its published ports can be reached; `tap=NAME`:
@@ -213,23 +219,31 @@ impl FromStr for Disk {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Disk, String> {
-        let (path, read_only, temporary) = match text.rsplit_once(',') {
-            Some((path, "ro")) => (path, true, false),
-            Some((path, "temp")) => (path, false, true),
-            _ => (text, false, false),
-        };
-        match path {
-            "" => Err("the file is missing".into()),
-            path => Ok(Disk(BlkSpec {
-                temporary,
-                ..BlkSpec::new(path, read_only)
-            })),
+        let mut disk = BlkSpec::new("", false);
+        let mut path = text;
+        // From the end, because a file's name may have commas.
+        while let Some((rest, option)) = path.rsplit_once(',') {
+            match option.split_once('=') {
+                None if option == "ro" => disk.read_only = true,
+                None if option == "temp" => disk.temporary = true,
+                Some(("format", format)) => disk.format = Some(format.parse()?),
+                _ => break,
+            }
+            path = rest;
         }
+        if path.is_empty() {
+            return Err("the file is missing".into());
+        }
+        if disk.read_only && disk.temporary {
+            return Err("a disk is either read-only (ro) or forgotten at the end (temp)".into());
+        }
+        disk.path = path.into();
+        Ok(Disk(disk))
     }
 }
 
 /// Bytes, rounded down to whole pages.
-fn parse_size(text: &str) -> Result<u64, String> {
+pub fn parse_size(text: &str) -> Result<u64, String> {
     const PAGE: f64 = 4096.0;
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let number = digits.bytes().all(|b| b.is_ascii_digit() || b == b'.');
@@ -290,13 +304,27 @@ mod tests {
     fn disks() {
         let disk = |text: &str| {
             let disk = text.parse::<Disk>().ok()?.0;
-            Some((disk.path, disk.read_only, disk.temporary))
+            let format = disk.format.map(|f| f.to_string()).unwrap_or_default();
+            let path = disk.path.display();
+            Some(format!(
+                "{path} {} {} {format}",
+                disk.read_only, disk.temporary
+            ))
         };
-        assert_eq!(disk("a.img"), Some(("a.img".into(), false, false)));
-        assert_eq!(disk("a,b.img,ro"), Some(("a,b.img".into(), true, false)));
-        assert_eq!(disk("a.img,temp"), Some(("a.img".into(), false, true)));
-        assert_eq!(disk(""), None);
-        assert_eq!(disk(",ro"), None);
+        for (text, expected) in [
+            ("a.img", Some("a.img false false ")),
+            ("a,b.img,ro", Some("a,b.img true false ")),
+            ("a.img,temp", Some("a.img false true ")),
+            ("a,format=raw", Some("a false false raw")),
+            ("a,ro,format=qcow2", Some("a true false qcow2")),
+            ("a,format=qcow2,temp", Some("a false true qcow2")),
+            ("a,format=vmdk", None),
+            ("a,ro,temp", None),
+            ("", None),
+            (",ro", None),
+        ] {
+            assert_eq!(disk(text).as_deref(), expected, "{text}");
+        }
     }
 
     #[test]
@@ -318,6 +346,12 @@ mod tests {
             "image build",
             "image build debian:trixie --size 4G --package git --package gcc --user me --ssh-key k",
             "image remove mini",
+            "disk create a 10G",
+            "disk create a --backing b --backing-format raw",
+            "disk info a --json",
+            "disk convert a b --to raw --format qcow2",
+            "disk check a --repair",
+            "disk resize a +1G",
             "doctor",
         ] {
             assert!(parses(good), "{good}");
@@ -336,6 +370,10 @@ mod tests {
             "run --net bridge=br0",
             "run -p 80",
             "image remove",
+            "disk create a",
+            "disk create a 10X",
+            "disk convert a",
+            "disk resize a",
             "fly",
         ] {
             assert!(!parses(bad), "{bad}");

@@ -44,12 +44,18 @@ pub enum Error {
     /// No memory for the machine.
     #[error("{0}; a smaller --memory may do, or raise the limit if there is one (ulimit -v)")]
     Memory(lodger_guest_memory::Error),
+    /// No disk image.
+    #[error(transparent)]
+    Disk(#[from] lodger_block::ManageError),
     /// No machine.
     #[error(transparent)]
     Build(BuildError),
     /// The VM failed.
     #[error(transparent)]
     Vm(#[from] Failure),
+    /// A signal has ended the command.
+    #[error("interrupted; nothing is left behind")]
+    Ended(u8),
     /// The terminal, or a thread.
     #[error("{what}: {source}")]
     Host {
@@ -77,7 +83,9 @@ impl Error {
             | Error::Build(BuildError::Spec(_) | BuildError::Cpu(_))
             | Error::Image(
                 lodger_image::Error::UnknownImage { .. } | lodger_image::Error::Option { .. },
-            ) => USAGE,
+            )
+            | Error::Disk(lodger_block::ManageError::Size { .. }) => USAGE,
+            Error::Ended(status) => *status,
             _ => HOST_FAILURE,
         }
     }

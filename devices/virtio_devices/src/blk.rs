@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use lodger_block::{BlockBackend, OpenError, Overlay, RawFile, SECTOR_SIZE};
+use lodger_block::{BlockBackend, Format, OpenError, Overlay, SECTOR_SIZE};
 use lodger_device_model::{Payload, RestoreError};
 use lodger_virtio::{Activation, Chain, Queue, VirtioDevice, VirtioPci, Wiring, read_config};
 use serde::{Deserialize, Serialize};
@@ -47,8 +47,11 @@ const CONFIG_WRITEBACK: u64 = 32;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BlkSpec {
-    /// The raw image: a file or a block device. It is locked while the machine runs.
+    /// The image: a file or a block device. It is locked while the machine runs.
     pub path: PathBuf,
+    /// Its format. Without it the first bytes tell, and a qcow2 image may not name other files.
+    #[serde(default)]
+    pub format: Option<Format>,
     /// The guest cannot write to it; other readers may share the image.
     #[serde(default)]
     pub read_only: bool,
@@ -101,6 +104,7 @@ impl BlkSpec {
     pub fn new(path: impl Into<PathBuf>, read_only: bool) -> BlkSpec {
         BlkSpec {
             path: path.into(),
+            format: None,
             read_only,
             temporary: false,
             serial: String::new(),
@@ -110,15 +114,15 @@ impl BlkSpec {
 
     /// Whether the image can be opened now.
     pub fn check(&self) -> Result<(), BlkError> {
-        RawFile::open(&self.path, self.read_only || self.temporary)?;
+        lodger_block::open(&self.path, self.read_only || self.temporary, self.format)?;
         Ok(())
     }
 
     /// Opens the image and makes the device.
     pub fn build(&self, name: &str, wiring: &Wiring) -> Result<Arc<VirtioPci>, BlkError> {
         let backend: Arc<dyn BlockBackend> = match self.temporary {
-            false => Arc::new(RawFile::open(&self.path, self.read_only)?),
-            true => Arc::new(Overlay::open(&self.path, &temporary_dir())?),
+            false => lodger_block::open(&self.path, self.read_only, self.format)?,
+            true => Arc::new(Overlay::open(&self.path, self.format, &temporary_dir())?),
         };
         let blk = Blk::new(name, backend, &self.serial, self.workers)?;
         Ok(VirtioPci::new(name, blk, wiring))

@@ -88,28 +88,51 @@ fn disks() {
     std::fs::write(disk.path(), &image).expect("a disk");
     let other = tempfile::NamedTempFile::new().expect("a file");
     std::fs::write(other.path(), vec![0x77; 1 << 20]).expect("a disk");
+    let dir = tempfile::tempdir().expect("a directory");
+    let sparse = dir.path().join("c.qcow2");
+    let sparse = sparse.to_str().expect("ASCII");
+    lodger(&["disk", "create", sparse, "3M"]).expect(0);
     let command = "cat /sys/block/vda/size /sys/block/vdb/size /sys/block/vdb/ro; \
         dd if=/dev/vda bs=512 skip=5 count=1 2>&- | hexdump -C | head -n 1; \
         echo written by the guest | dd of=/dev/vda bs=512 seek=9 conv=notrunc,fsync 2>&-; \
         echo x | dd of=/dev/vdb conv=notrunc 2>&- || echo refused; \
-        dd if=/dev/vda of=/dev/null bs=64k 2>&- && echo all";
+        dd if=/dev/vda of=/dev/null bs=64k 2>&- && echo all; \
+        cat /sys/block/vdc/size; mke2fs /dev/vdc >/dev/null; modprobe -q ext4; mkdir /d; mount -t ext4 /dev/vdc /d && \
+        seq 99999 > /d/f; umount /d; mount -t ext4 /dev/vdc /d; tail -n 1 /d/f; umount /d; \
+        dd if=/dev/vda of=/dev/vdc bs=64k seek=30 count=3 conv=notrunc,fsync 2>&-";
     let arguments = [
         "--disk",
         disk.path().to_str().expect("ASCII"),
         "--disk",
         &format!("{},ro", other.path().to_str().expect("ASCII")),
+        "--disk",
+        sparse,
     ];
     let run = boot(&arguments, "", command).expect(0);
     let output = command_output(&run);
     let lines: Vec<_> = output.lines().collect();
     assert_eq!(lines[..3], ["4096", "2048", "1"], "{output}");
     assert!(lines[3].contains("05 05 05 05"), "{output}");
-    assert_eq!(lines[4..], ["refused", "all"], "{output}");
+    assert_eq!(lines[4..6], ["refused", "all"], "{output}");
+    assert_eq!(lines[6..], ["6144", "99999"], "{output}");
     let after = std::fs::read(disk.path()).expect("the disk");
     let text = b"written by the guest\n";
     assert_eq!(&after[9 * 512..9 * 512 + text.len()], text);
     assert_eq!(after[..9 * 512], image[..9 * 512]);
     assert_eq!(after[10 * 512..], image[10 * 512..]);
+    lodger(&["disk", "check", sparse]).expect(0);
+    let raw = dir.path().join("raw");
+    lodger(&[
+        "disk",
+        "convert",
+        sparse,
+        raw.to_str().expect("ASCII"),
+        "--to",
+        "raw",
+    ])
+    .expect(0);
+    let sparse = std::fs::read(raw).expect("the disk");
+    assert_eq!(sparse[30 << 16..33 << 16], after[..3 << 16]);
     let untouched = std::fs::read(other.path()).expect("the disk");
     assert_eq!(untouched, vec![0x77; 1 << 20]);
 }

@@ -2,5 +2,6 @@
 
 mod boot;
 mod cli;
+mod disk;
 mod network;
 mod process;
