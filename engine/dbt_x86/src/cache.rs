@@ -17,13 +17,13 @@ use std::io;
 use std::ops::Range;
 
 use lodger_host_sys::executable::ExecutableMemory;
-use lodger_host_sys::low::LowBox;
 use lodger_interp::Cpu;
 use lodger_softmmu::MmuIndex;
 
 use crate::dump;
 use crate::emit::{Code, distance};
-use crate::env::{Env, JUMP_SLOTS, Layout, jump_slot};
+use crate::env::{Env, Layout, jump_slot};
+use crate::jumps::{Filled, Jumps};
 use crate::routines::{Routines, assemble};
 use crate::stats::Counters;
 use crate::translate::{Block as Translation, Mode, Site, Source, Tools, Translated, Trap};
@@ -74,13 +74,21 @@ struct Block {
 }
 
 impl Block {
-    /// Numbers of the linear pages that it is in.
-    fn pages(&self) -> impl Iterator<Item = u64> + use<> {
+    /// The first and the last linear page that it is in.
+    fn pages(&self) -> [u64; 2] {
         let first = self.linear >> 12;
-        let second = self
-            .second
-            .map(|_| first.wrapping_add(1) & (u64::MAX >> 12));
-        second.into_iter().chain([first])
+        let last = first.wrapping_add(self.second.is_some().into());
+        [first, last & (u64::MAX >> 12)]
+    }
+
+    /// How it is in a jump table.
+    fn filled(&self, id: BlockId) -> Filled {
+        Filled {
+            block: id,
+            slot: jump_slot(self.mode.mmu, self.linear) as u32,
+            entry: self.entry,
+            pages: self.pages(),
+        }
     }
 }
 
@@ -103,12 +111,9 @@ pub struct Cache {
     wanderers: HashSet<u64>,
     /// Entries of sites that are taken.
     entries: usize,
-    /// Slots of the jump tables that lead somewhere: to code that is not global, to code that is.
-    filled: [Vec<u32>; 2],
+    jumps: Jumps,
     /// Direct jumps to another page or to an instruction that goes on in another, not global and global.
     crossing: [Vec<u32>; 2],
-    /// Linear pages that a jump table or a crossing jump leads to.
-    reached: HashSet<u64>,
     buffer: Vec<u8>,
     hasher: RandomState,
     pub counters: Counters,
@@ -135,9 +140,8 @@ impl Cache {
             alone: HashSet::new(),
             wanderers: HashSet::new(),
             entries: 0,
-            filled: [const { Vec::new() }; 2],
+            jumps: Jumps::default(),
             crossing: [const { Vec::new() }; 2],
-            reached: HashSet::new(),
             buffer: Vec::new(),
             hasher: RandomState::new(),
             counters: Counters::default(),
@@ -150,11 +154,9 @@ impl Cache {
     }
 
     /// Makes the jump tables lead nowhere.
-    pub fn init(&self, env: &mut LowBox<Env>) {
-        let user = jump_slot(MmuIndex::User, 0);
-        for (slot, jump) in env.jumps.iter_mut().enumerate() {
-            *jump = self.routines(slot >= user).miss as u64;
-        }
+    pub fn init(&mut self, env: &mut Env) {
+        let miss = [false, true].map(|user| self.routines(user).miss as u64);
+        self.jumps.init(env, miss);
     }
 
     fn routines(&self, user: bool) -> &Routines {
@@ -172,7 +174,7 @@ impl Cache {
     }
 
     /// Code of ring 0 is to use the vector registers directly from now on.
-    pub fn use_vectors_in_ring0(&mut self, env: &mut LowBox<Env>) {
+    pub fn use_vectors_in_ring0(&mut self, env: &mut Env) {
         self.clear(env);
         self.ring0_vectors = true;
         self.init(env);
@@ -180,8 +182,7 @@ impl Cache {
 
     /// Forgets everything.
     pub fn clear(&mut self, env: &mut Env) {
-        self.empty_slots(env, false);
-        self.empty_slots(env, true);
+        self.jumps.clear(env);
         self.memory.truncate(self.fixed);
         self.sites.clear();
         self.blocks.clear();
@@ -192,37 +193,28 @@ impl Cache {
         self.entries = 0;
         env.empty_sites();
         self.crossing.iter_mut().for_each(Vec::clear);
-        self.reached.clear();
         self.counters.cache_flushes += 1;
     }
 
-    /// Empties the slots of global code or of all other.
-    fn empty_slots(&mut self, env: &mut Env, global: bool) {
-        let filled = &mut self.filled[usize::from(global)];
-        for slot in filled.drain(..) {
-            let user = slot >= jump_slot(MmuIndex::User, 0) as u32;
-            let routines = &self.routines[usize::from(!(user || self.ring0_vectors))];
-            env.jumps[slot as usize] = routines.miss as u64;
-        }
-    }
-
-    /// All mappings but global ones may have changed.
-    pub fn local_mappings_changed(&mut self, env: &mut Env) {
+    /// Another address space is in use; `keep`: what was known of its mappings is still true.
+    pub fn switch_space(&mut self, env: &mut Env, space: u16, keep: bool) {
         self.counters.local_flushes += 1;
-        self.drop_ways(env, false);
+        let blocks = &self.blocks;
+        let valid = |id| !blocks[id as usize].stale;
+        self.jumps.switch(env, space, keep, valid);
+        self.unlink_crossing(false);
     }
 
     /// All mappings may have changed.
     pub fn all_mappings_changed(&mut self, env: &mut Env) {
         self.counters.full_flushes += 1;
-        self.drop_ways(env, false);
-        self.drop_ways(env, true);
-        self.reached.clear();
+        self.jumps.clear(env);
+        self.unlink_crossing(false);
+        self.unlink_crossing(true);
     }
 
-    /// No way that depends on mappings leads to global code or to all other any more.
-    fn drop_ways(&mut self, env: &mut Env, global: bool) {
-        self.empty_slots(env, global);
+    /// Direct jumps to other pages, that are global or that are not, lead there no more.
+    fn unlink_crossing(&mut self, global: bool) {
         for site in std::mem::take(&mut self.crossing[usize::from(global)]) {
             self.unlink(site);
         }
@@ -230,8 +222,10 @@ impl Cache {
 
     /// The mapping of one page may have changed.
     pub fn mapping_changed(&mut self, env: &mut Env, linear: u64) {
-        if self.reached.contains(&(linear >> 12)) {
+        if self.jumps.reaches_global(linear >> 12) {
             self.all_mappings_changed(env);
+        } else if self.jumps.page_changed(env, linear >> 12) {
+            self.unlink_crossing(false);
         }
     }
 
@@ -249,14 +243,9 @@ impl Cache {
     fn detach(&mut self, env: &mut Env, id: BlockId) {
         let block = &mut self.blocks[id as usize];
         block.stale = true;
-        let index = block.mode.mmu;
-        let slot = jump_slot(index, block.linear);
-        let entry = u64::from(block.entry);
+        let filled = block.filled(id);
         let incoming = std::mem::take(&mut block.incoming);
-        let jump = &mut env.jumps[slot];
-        if *jump == entry {
-            *jump = self.routines_of(index).miss as u64;
-        }
+        self.jumps.empty(env, &filled);
         for site in incoming {
             self.unlink(site);
         }
@@ -503,7 +492,7 @@ impl Cache {
         }
         if leaves_page || block.second.is_some() {
             self.crossing[usize::from(block.global)].push(site);
-            self.reached.extend(block.pages());
+            self.jumps.reach(block.pages(), block.global);
         }
         self.counters.links += 1;
         // It may be there from before a flush; the guest must not make the list grow.
@@ -523,14 +512,7 @@ impl Cache {
     /// Makes the jump table lead to a block.
     pub fn enter_in_table(&mut self, env: &mut Env, id: BlockId) {
         let block = &self.blocks[id as usize];
-        let slot = jump_slot(block.mode.mmu, block.linear);
-        env.jumps[slot] = block.entry.into();
-        let filled = &mut self.filled[usize::from(block.global)];
-        filled.push(slot as u32);
-        let many = filled.len() > JUMP_SLOTS;
-        self.reached.extend(block.pages());
-        if many {
-            // Slots that were filled again and again.
+        if !self.jumps.fill(env, block.filled(id), block.global) {
             self.all_mappings_changed(env);
         }
     }

@@ -6,7 +6,7 @@
 //!
 //! Where things are: [`insn`] what is made of each instruction; [`translate`] a block; [`emit`] the machine code around
 //! guest instructions; [`exits`] how a block is left; [`flags`] where the status flags are; [`check`] the lookup of an address, [`group`] one for several, [`refill`] what happens when it fails; [`env`] the data that code uses; [`routines`] the way in and out; [`cache`] blocks, links between them
-//! and their invalidation; [`run`] the translator in the vCPU's loop; [`traps`] host signals; [`timer`] guest timers.
+//! and their invalidation; [`jumps`] the tables of indirect jumps; [`run`] the translator in the vCPU's loop; [`traps`] host signals; [`timer`] guest timers.
 //!
 //! Limits: 64-bit mode; the host needs AVX2 and BMI2. Flags that the guest does not need any more may have another value than a
 //! processor would give them when an exception or interrupt saves them. Manuals: Intel SDM volumes 2 and 3.
@@ -25,6 +25,7 @@ mod exits;
 mod flags;
 mod group;
 mod insn;
+mod jumps;
 mod refill;
 mod routines;
 mod run;

@@ -68,7 +68,7 @@ impl Dbt {
         env.sign_mask = 1 << 63;
         env.no_if_mask = !RFlags::IF.bits();
         env.sites.fill(SiteEntry::EMPTY);
-        let cache = Cache::new(layout, cpu.vcpus(), exact_flags).map_err(failed)?;
+        let mut cache = Cache::new(layout, cpu.vcpus(), exact_flags).map_err(failed)?;
         cache.init(&mut env);
         let range = cache.range();
         let executing = Executing {
@@ -104,10 +104,9 @@ impl Dbt {
         }
         if changes.all {
             self.cache.all_mappings_changed(&mut self.env);
-            return;
         }
-        if changes.local {
-            self.cache.local_mappings_changed(&mut self.env);
+        if let Some((space, keep)) = changes.space {
+            self.cache.switch_space(&mut self.env, space, keep);
         }
         for linear in changes.pages {
             self.cache.mapping_changed(&mut self.env, linear);

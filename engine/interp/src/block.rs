@@ -7,7 +7,7 @@
 //!
 //! Blocks are freed only all together, when there are too many, and never while one is being executed.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -19,7 +19,7 @@ use lodger_x86::paging::Access;
 
 use crate::cpu::{CodeSize, Cpu, Exec, seg};
 use crate::decode::{decode, ends_block};
-use crate::memory::canonical;
+use crate::memory::{canonical, load_bytes};
 use crate::op::{Op, Rare};
 
 const PAGE: u64 = 4096;
@@ -102,10 +102,19 @@ pub struct BlockCache {
     once: Option<Box<Block>>,
     ops: usize,
     limit: usize,
-    /// Moves on with every change of the mapping from linear addresses to code; low bits: mode.
+    /// Move on with every change of the mapping from linear addresses to code, of pages that are not global and of all; low bits: mode.
     key: u64,
+    global_key: u64,
     generation: u64,
+    global_generation: u64,
+    /// Linear addresses of global pages that something is known of.
+    global_pages: HashSet<u64, BuildHasherDefault<AddressHasher>>,
 }
+
+/// Such pages, at most.
+const GLOBAL_PAGES: usize = 1 << 16;
+/// Tells the key of what is global.
+const GLOBAL_KEY: u64 = 8;
 
 // SAFETY: the pointers are to blocks that the cache owns.
 unsafe impl Send for BlockCache {}
@@ -133,19 +142,48 @@ impl BlockCache {
             ops: 0,
             limit: (TOTAL_OPS / vcpus).max(MAX_OPS * 64),
             key: 0,
+            global_key: GLOBAL_KEY,
             generation: 0,
+            global_generation: 0,
+            global_pages: HashSet::default(),
         }
     }
 
-    /// The mapping from linear addresses to code, or the right to execute it, may have changed.
-    pub fn mapping_changed(&mut self) {
+    /// The mapping from linear addresses to code, or the right to execute it, may have changed, but for global pages.
+    pub fn local_mappings_changed(&mut self) {
         self.generation += 1;
-        self.key = self.generation << 3 | self.key & 7;
+        self.set_keys(self.key & 7);
+    }
+
+    /// The same, of all pages.
+    pub fn all_mappings_changed(&mut self) {
+        self.global_generation += 1;
+        self.global_pages.clear();
+        self.local_mappings_changed();
+    }
+
+    /// The same, of the page at `linear`.
+    pub fn mapping_changed(&mut self, linear: u64) {
+        match self.global_pages.contains(&(linear & !(PAGE - 1))) {
+            true => self.all_mappings_changed(),
+            false => self.local_mappings_changed(),
+        }
     }
 
     /// The mode in which code is decoded and fetched.
     pub fn set_mode(&mut self, code: CodeSize, user: bool) {
-        self.key = self.generation << 3 | u64::from(user) << 2 | code as u64;
+        self.set_keys(u64::from(user) << 2 | code as u64);
+    }
+
+    fn set_keys(&mut self, mode: u64) {
+        self.key = self.generation << 4 | mode;
+        self.global_key = self.global_generation << 4 | GLOBAL_KEY | mode;
+    }
+
+    /// Whether what was noted with `key` is still true.
+    #[inline(always)]
+    fn is_current(&self, key: u64) -> bool {
+        key == self.key || key == self.global_key
     }
 
     /// Drops everything.
@@ -153,7 +191,8 @@ impl BlockCache {
         self.map.clear();
         self.arena.clear();
         self.ops = 0;
-        self.mapping_changed();
+        self.global_generation += 1;
+        self.local_mappings_changed();
     }
 }
 
@@ -173,7 +212,7 @@ impl Cpu {
     pub fn block(&mut self) -> Exec<*const Block> {
         let linear = self.code_address();
         let jump = &self.blocks.jumps[(linear ^ linear >> 12) as usize % JUMPS];
-        if jump.linear == linear && jump.key == self.blocks.key {
+        if jump.linear == linear && self.blocks.is_current(jump.key) {
             // SAFETY: blocks live until `clear`, which moves the key on.
             let block = unsafe { &*jump.block };
             if block.is_current() && self.within_code_segment(block) {
@@ -201,7 +240,7 @@ impl Cpu {
         } else if self.rip() > limit {
             return self.gp0();
         }
-        let physical = self.fetch_address(linear)?;
+        let (physical, global) = self.fetch(linear)?;
         let key = physical << 2 | self.code as u64;
         let mut found = self.blocks.map.get(&key).copied();
         if let Some(block) = found
@@ -229,7 +268,10 @@ impl Cpu {
         }
         self.blocks.jumps[(linear ^ linear >> 12) as usize % JUMPS] = Jump {
             linear,
-            key: self.blocks.key,
+            key: match global {
+                true => self.blocks.global_key,
+                false => self.blocks.key,
+            },
             block,
         };
         Ok(block)
@@ -244,7 +286,7 @@ impl Cpu {
     pub fn fetch(&mut self, linear: u64) -> Exec<(u64, bool)> {
         let (page, slot) = (linear & !(PAGE - 1), (linear >> 12) as usize % FETCHES);
         let fetch = self.blocks.fetches[slot];
-        if fetch.linear == page && fetch.key == self.blocks.key {
+        if fetch.linear == page && self.blocks.is_current(fetch.key) {
             return Ok((fetch.physical | linear & (PAGE - 1), fetch.global));
         }
         if self.long64() && !canonical(linear) {
@@ -258,9 +300,19 @@ impl Cpu {
         self.mmu = mmu;
         let translation = translation?;
         let (physical, global) = (translation.page, translation.global);
+        self.tlb.note_size(linear, translation.size);
+        if global && self.blocks.global_pages.len() == GLOBAL_PAGES {
+            self.blocks.all_mappings_changed();
+        }
+        if global {
+            self.blocks.global_pages.insert(page);
+        }
         self.blocks.fetches[slot] = Fetch {
             linear: page,
-            key: self.blocks.key,
+            key: match global {
+                true => self.blocks.global_key,
+                false => self.blocks.key,
+            },
             physical,
             global,
         };
@@ -304,10 +356,8 @@ impl Cpu {
             None => data.fill(0xff),
             Some(page) => {
                 let offset = (physical & (PAGE - 1)) as usize;
-                for (i, byte) in data.iter_mut().enumerate() {
-                    // SAFETY: the callers stay within the page.
-                    *byte = unsafe { page.host.add(offset + i).read_volatile() };
-                }
+                // SAFETY: the callers stay within the page.
+                unsafe { load_bytes(page.host.add(offset), data) };
             }
         }
     }

@@ -9,27 +9,44 @@ use crate::rare::{read_rm, register, write_system_word};
 use crate::segment::privileged;
 
 impl Cpu {
-    /// Drops all translations.
+    /// Drops all translations, of all address spaces.
     pub fn flush_all(&mut self) {
+        let space = self.space();
         self.tlb.flush();
-        self.blocks.mapping_changed();
+        self.tlb.switch(space, false);
+        self.blocks.all_mappings_changed();
         self.changes.everything();
+        self.changes.switch(space, false);
     }
 
-    /// Drops all translations but those of global pages.
-    pub fn flush_local(&mut self) {
-        self.tlb.flush_local();
-        self.blocks.mapping_changed();
-        self.changes.local = true;
+    /// The process-context identifier: which address space translations that are not global belong to.
+    fn space(&self) -> u16 {
+        match self.cr4 & cr4::PCIDE {
+            0 => 0,
+            _ => self.cr3 as u16 & 0xfff,
+        }
+    }
+
+    /// Goes on in the address space of CR3. Unless `keep`, its translations are dropped but for those of global pages.
+    pub fn switch_space(&mut self, keep: bool) {
+        let space = self.space();
+        self.tlb.switch(space, keep);
+        self.blocks.local_mappings_changed();
+        self.changes.switch(space, keep);
     }
 
     /// Drops the translation of the page at `linear`.
     pub fn flush_page(&mut self, linear: u64) {
         match self.tlb.flush_page(linear) {
-            true => self.changes.everything(),
-            false => self.changes.page(linear),
+            true => {
+                self.blocks.all_mappings_changed();
+                self.changes.everything();
+            }
+            false => {
+                self.blocks.mapping_changed(linear);
+                self.changes.page(linear);
+            }
         }
-        self.blocks.mapping_changed();
     }
 
     /// The PDPTEs under new control registers, if those are in use; a bad one is #GP(0).
@@ -82,18 +99,17 @@ impl Cpu {
         Ok(())
     }
 
-    /// Writes CR3. Bit 63 (no flush, with PCIDs) may be ignored: flushing too much is always right.
+    /// Writes CR3. With PCIDs, bit 63 keeps what is cached of the new address space (SDM vol. 3, 4.10.4.1).
     fn set_cr3(&mut self, value: u64) -> Exec {
-        let value = match self.cr4 & cr4::PCIDE {
-            0 => value,
-            _ => value & !(1 << 63),
-        };
+        const KEEP: u64 = 1 << 63;
+        let keep = value & KEEP != 0 && self.cr4 & cr4::PCIDE != 0;
+        let value = if keep { value & !KEEP } else { value };
         if self.long_mode() && value >> self.vm.physical_bits != 0 {
             return self.gp0();
         }
         self.pdptes = self.pdptes_under(self.cr0, value, self.cr4, self.efer)?;
         self.cr3 = value;
-        self.flush_local();
+        self.switch_space(keep);
         Ok(())
     }
 

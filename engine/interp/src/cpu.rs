@@ -14,6 +14,7 @@ use lodger_x86::{Activity, DescriptorTable, Exception, Msrs, Segment};
 use crate::block::BlockCache;
 use crate::breakpoint::Watch;
 use crate::io::IoReplay;
+use crate::run::History;
 use crate::translator::Changes;
 use crate::vm::VmShared;
 use crate::word::Word;
@@ -187,6 +188,9 @@ pub struct Cpu {
     /// `ticks` at which the loop looks at the clock, or at the limit if that is nearer.
     pub next_check: u64,
 
+    /// What was interpreted last, for crash reports.
+    pub history: History,
+
     /// This vCPU's number and APIC ID.
     pub index: u32,
     pub vm: Arc<VmShared>,
@@ -337,6 +341,7 @@ impl Cpu {
         if watch != self.watch {
             self.watch = watch;
             self.tlb.flush();
+            self.blocks.all_mappings_changed();
             self.changes.everything();
         }
     }

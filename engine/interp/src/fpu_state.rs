@@ -16,6 +16,9 @@ use crate::op::Op;
 /// Bits of MXCSR that exist.
 const MXCSR_MASK: u32 = 0xffff;
 const FXSAVE_SIZE: usize = 512;
+/// Where MXCSR and its mask are, and XMM0.
+const MXCSR: usize = 24;
+const XMM: usize = 160;
 const HEADER: usize = 512;
 const AVX_OFFSET: usize = 576;
 const AREA: usize = AVX_OFFSET + 256;
@@ -238,27 +241,37 @@ fn xsave(c: &mut Cpu, op: &Op, wide: bool) -> Exec {
     c.check_write(linear, size as u64, op.seg)?;
     // Components that are not requested keep their bit; the requested ones are all in use.
     let bits = u64::from_le_bytes(old) & !requested | requested;
-    if requested & xcr0::X87 != 0 {
-        let image = c.x87_image(wide);
-        c.write_bytes(linear, op.seg, &image[..24])?;
-        c.write_bytes(linear.wrapping_add(32), op.seg, &image[32..])?;
-    }
-    if requested & (xcr0::SSE | xcr0::AVX) != 0 {
-        let mut mxcsr = [0; 8];
-        mxcsr[..4].copy_from_slice(&c.native.mxcsr.to_le_bytes());
-        mxcsr[4..].copy_from_slice(&MXCSR_MASK.to_le_bytes());
-        c.write_bytes(linear.wrapping_add(24), op.seg, &mxcsr)?;
-    }
+    // Parts of the legacy region that are next to each other are written together.
+    let end = XMM + 16 * c.xmm_count();
+    let mut legacy = [0; FXSAVE_SIZE];
+    legacy[..XMM].copy_from_slice(&c.x87_image(wide));
+    legacy[MXCSR..MXCSR + 4].copy_from_slice(&c.native.mxcsr.to_le_bytes());
+    legacy[MXCSR + 4..MXCSR + 8].copy_from_slice(&MXCSR_MASK.to_le_bytes());
+    let mut upper = [0; 16 * 16];
     for n in 0..c.xmm_count() {
-        let register = c.native.ymm[n];
-        let slot = 16 * n as u64;
-        if requested & xcr0::SSE != 0 {
-            c.write_bytes(linear.wrapping_add(160 + slot), op.seg, &register[..16])?;
-        }
-        if requested & xcr0::AVX != 0 {
-            let at = linear.wrapping_add(AVX_OFFSET as u64 + slot);
-            c.write_bytes(at, op.seg, &register[16..])?;
-        }
+        let (low, high) = c.native.ymm[n].split_at(16);
+        legacy[XMM + 16 * n..][..16].copy_from_slice(low);
+        upper[16 * n..][..16].copy_from_slice(high);
+    }
+    let x87 = requested & xcr0::X87 != 0;
+    let sse = requested & xcr0::SSE != 0;
+    let mxcsr = requested & (xcr0::SSE | xcr0::AVX) != 0;
+    // From where to where.
+    let parts: &[(usize, usize)] = match (x87, mxcsr, sse) {
+        (true, _, true) => &[(0, end)],
+        (true, true, false) => &[(0, XMM)],
+        (true, false, false) => &[(0, MXCSR), (MXCSR + 8, XMM)],
+        (false, _, true) => &[(MXCSR, MXCSR + 8), (XMM, end)],
+        (false, true, false) => &[(MXCSR, MXCSR + 8)],
+        (false, false, false) => &[],
+    };
+    for &(from, to) in parts {
+        let at = linear.wrapping_add(from as u64);
+        c.write_bytes(at, op.seg, &legacy[from..to])?;
+    }
+    if requested & xcr0::AVX != 0 {
+        let at = linear.wrapping_add(AVX_OFFSET as u64);
+        c.write_bytes(at, op.seg, &upper[..16 * c.xmm_count()])?;
     }
     c.write_bytes(
         linear.wrapping_add(HEADER as u64),

@@ -36,6 +36,7 @@ impl Cpu {
         address.store(bits, std::sync::atomic::Ordering::SeqCst);
         // The register page may have moved.
         self.tlb.flush();
+        self.blocks.all_mappings_changed();
         self.changes.everything();
     }
 

@@ -48,7 +48,7 @@ mod translator;
 mod vm;
 mod word;
 
-pub use cpu::{CodeSize, Cpu, RIP, seg};
+pub use cpu::{CodeSize, Cpu, RIP, Stop, seg};
 pub use features::host_features;
 pub use memory::canonical;
 pub use translator::{Changes, Next, Translator};

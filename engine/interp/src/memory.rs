@@ -351,10 +351,10 @@ impl Cpu {
         {
             return Ok(Place::Device(physical));
         }
-        let vm = self.vm.clone();
-        let Some(page) = vm.ram.page(translation.page) else {
+        let Some(page) = self.vm.ram.page(translation.page) else {
             return Ok(Place::Device(physical));
         };
+        let host = page.host;
         if !self.watch.any() {
             let write = access == Access::Write
                 && translation.writable
@@ -362,7 +362,7 @@ impl Cpu {
             self.tlb.fill(
                 self.mmu,
                 linear,
-                page.host,
+                host,
                 translation.page,
                 write,
                 translation.global,
@@ -370,7 +370,7 @@ impl Cpu {
             );
         }
         // SAFETY: the offset stays within the page.
-        let host = unsafe { page.host.add((linear & (PAGE - 1)) as usize) };
+        let host = unsafe { host.add((linear & (PAGE - 1)) as usize) };
         Ok(Place::Ram(host, physical))
     }
 
@@ -491,17 +491,22 @@ unsafe fn atomically<T: Word, R>(host: *mut u8, mut update: impl FnMut(T) -> (T,
     }
 }
 
+/// Bytes of the largest access within `rest`.
+fn piece(rest: usize) -> usize {
+    match rest {
+        8.. => 8,
+        _ => 1 << rest.ilog2(),
+    }
+}
+
 /// Copies from RAM; naturally aligned sizes in one access.
 ///
 /// # Safety
 /// `host` is readable for `data.len()` bytes.
-unsafe fn load_bytes(host: *const u8, data: &mut [u8]) {
+pub(crate) unsafe fn load_bytes(host: *const u8, data: &mut [u8]) {
     let mut at = 0;
     while at < data.len() {
-        let n = [8, 4, 2, 1][[8, 4, 2, 1]
-            .iter()
-            .position(|n| at + n <= data.len())
-            .unwrap_or(3)];
+        let n = piece(data.len() - at);
         // SAFETY: the caller's promise; `at + n` is within the data.
         let value = unsafe {
             let from = host.add(at);
@@ -524,10 +529,7 @@ unsafe fn load_bytes(host: *const u8, data: &mut [u8]) {
 unsafe fn store_bytes(host: *mut u8, data: &[u8]) {
     let mut at = 0;
     while at < data.len() {
-        let n = [8, 4, 2, 1][[8, 4, 2, 1]
-            .iter()
-            .position(|n| at + n <= data.len())
-            .unwrap_or(3)];
+        let n = piece(data.len() - at);
         let mut value = [0; 8];
         value[..n].copy_from_slice(&data[at..at + n]);
         let value = u64::from_le_bytes(value);

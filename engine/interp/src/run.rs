@@ -37,6 +37,21 @@ struct Visit {
     ticks: u64,
 }
 
+/// The latest blocks, a ring.
+#[derive(Default)]
+pub struct History {
+    visits: [Visit; HISTORY],
+    position: usize,
+}
+
+impl History {
+    #[inline(always)]
+    fn add(&mut self, visit: Visit) {
+        self.visits[self.position % HISTORY] = visit;
+        self.position += 1;
+    }
+}
+
 impl Default for Visit {
     fn default() -> Visit {
         Visit {
@@ -61,9 +76,6 @@ pub struct InterpVcpu<T> {
     translator: T,
     /// The I/O that the entry must complete.
     pending: Option<Exit>,
-    /// The latest blocks, a ring.
-    history: [Visit; HISTORY],
-    position: usize,
 }
 
 impl<T: Translator> InterpVcpu<T> {
@@ -130,6 +142,7 @@ impl<T: Translator> InterpVcpu<T> {
             ticks: 0,
             tick_limit: None,
             next_check: 0,
+            history: History::default(),
             index,
             vm,
         };
@@ -138,8 +151,6 @@ impl<T: Translator> InterpVcpu<T> {
             translator: make(&cpu)?,
             cpu,
             pending: None,
-            history: [Visit::default(); HISTORY],
-            position: 0,
         };
         vcpu.cpu.load_state(&state);
         Ok(vcpu)
@@ -164,9 +175,21 @@ impl<T: Translator> InterpVcpu<T> {
                 || c.watch.any()
                 || c.io.is_active();
             let translated = !T::ABSENT && !stepping;
-            if translated && (self.translator.run(c) == Next::Attend || c.ticks >= c.next_check) {
-                c.check_events = true;
-                continue;
+            if translated {
+                match self.translator.run(c) {
+                    Next::Interpret if c.ticks < c.next_check => {}
+                    Next::Interpret | Next::Attend => {
+                        c.check_events = true;
+                        continue;
+                    }
+                    Next::Again => continue,
+                    Next::Stopped(stop) => {
+                        if let Some(exit) = c.after(stop) {
+                            return exit;
+                        }
+                        continue;
+                    }
+                }
             }
             let block = match c.block() {
                 Ok(block) => block,
@@ -179,12 +202,7 @@ impl<T: Translator> InterpVcpu<T> {
             };
             // SAFETY: a block lives until the next call of `block`.
             let block = unsafe { &*block };
-            self.history[self.position % HISTORY] = Visit {
-                linear: block.linear,
-                code: c.code,
-                ticks: c.ticks,
-            };
-            self.position += 1;
+            c.visit(block);
             let stop = if stepping {
                 c.step(block)
             } else {
@@ -204,6 +222,39 @@ impl<T: Translator> InterpVcpu<T> {
 }
 
 impl Cpu {
+    #[inline(always)]
+    fn visit(&mut self, block: &Block) {
+        self.history.add(Visit {
+            linear: block.linear,
+            code: self.code,
+            ticks: self.ticks,
+        });
+    }
+
+    /// Interprets the next instruction for a translator, which may go on if the result is `None`: nothing else is to be done first.
+    pub fn interpret(&mut self) -> Option<Next> {
+        if self.ticks >= self.next_check {
+            return Some(Next::Attend);
+        }
+        let block = match self.block() {
+            Ok(block) => block,
+            Err(stop) => return Some(Next::Stopped(stop)),
+        };
+        // SAFETY: a block lives until the next call of `block`.
+        let block = unsafe { &*block };
+        self.visit(block);
+        match self.run_block(block, 1) {
+            Ok(()) | Err(Stop::EndBlock) => {}
+            Err(stop) => return Some(Next::Stopped(stop)),
+        }
+        let stepping = self.shadow
+            || self.flags & (RFlags::TF | RFlags::RF).bits() != 0
+            || self.watch.any()
+            || self.io.is_active();
+        let busy = stepping || self.check_events || self.is_requested();
+        busy.then_some(Next::Again)
+    }
+
     /// Executes a block, as far as the tick limit allows.
     #[inline(always)]
     fn run_block(&mut self, block: &Block, most: u64) -> Exec {
@@ -620,12 +671,16 @@ impl<T: Translator> Vcpu for InterpVcpu<T> {
     fn recent_instructions(&self) -> Vec<(u64, String)> {
         let mut lines = VecDeque::new();
         let mut formatter = IntelFormatter::new();
-        for position in self.position.saturating_sub(HISTORY)..self.position {
-            let visit = self.history[position % HISTORY];
+        let History {
+            visits,
+            position: end,
+        } = &self.cpu.history;
+        for position in end.saturating_sub(HISTORY)..*end {
+            let visit = visits[position % HISTORY];
             // After the last visit: with the instruction that was not completed.
-            let end = match position + 1 == self.position {
+            let last = match position + 1 == *end {
                 true => self.cpu.ticks + 1,
-                false => self.history[(position + 1) % HISTORY].ticks,
+                false => visits[(position + 1) % HISTORY].ticks,
             };
             let mut bytes = [0; 256];
             let Some(len) = self.cpu.peek_code(visit.linear, &mut bytes) else {
@@ -633,7 +688,7 @@ impl<T: Translator> Vcpu for InterpVcpu<T> {
             };
             let (bitness, bytes) = ([16, 32, 64][visit.code as usize], &bytes[..len]);
             let decoder = Decoder::with_ip(bitness, bytes, visit.linear, DecoderOptions::NONE);
-            for instruction in decoder.into_iter().take((end - visit.ticks) as usize) {
+            for instruction in decoder.into_iter().take((last - visit.ticks) as usize) {
                 let mut text = String::new();
                 formatter.format(&instruction, &mut text);
                 lines.push_back((instruction.ip(), text));

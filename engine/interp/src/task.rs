@@ -269,7 +269,7 @@ impl Cpu {
         self.tr = new;
         if paging.cr3 != self.cr3 {
             (self.cr3, self.pdptes) = (paging.cr3, paging.pdptes);
-            self.flush_local();
+            self.switch_space(false);
         }
         self.cr0 |= cr0::TS;
         // The local enable bits.

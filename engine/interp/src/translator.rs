@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use lodger_x86::bits::{cr0, cr4, xcr0};
 
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, Stop};
 
 /// Runs guest code, beside the interpreter, on the same state.
 pub trait Translator: Send + Sized {
@@ -30,6 +30,10 @@ pub enum Next {
     Attend,
     /// Interpret one instruction, then go on.
     Interpret,
+    /// Go on, at the loop's beginning.
+    Again,
+    /// An interpreted instruction has ended in this way.
+    Stopped(Stop),
 }
 
 impl Cpu {
@@ -86,8 +90,9 @@ pub struct Changes {
     pub wanted: bool,
     /// All mappings may have changed.
     pub all: bool,
-    /// All but global mappings may have changed.
-    pub local: bool,
+    /// Another address space is in use, or the same anew: its number, and whether what was known of it is still true. What is not
+    /// global belongs to an address space. Goes before `pages`.
+    pub space: Option<(u16, bool)>,
     /// Linear pages whose mapping may have changed.
     pub pages: Vec<u64>,
     /// Guest-physical pages to which writing has been taken back.
@@ -105,7 +110,7 @@ impl Changes {
     /// Whether there is anything.
     pub fn any(&self) -> bool {
         self.all
-            || self.local
+            || self.space.is_some()
             || !self.pages.is_empty()
             || !self.protected.is_empty()
             || !self.code.is_empty()
@@ -116,6 +121,15 @@ impl Changes {
         self.all = true;
         self.pages.clear();
         self.protected.clear();
+    }
+
+    /// Address space `space` is in use now; `keep`: what was known of it is still true.
+    pub fn switch(&mut self, space: u16, keep: bool) {
+        if self.space.is_some() || !self.pages.is_empty() {
+            // The order would matter.
+            self.everything();
+        }
+        self.space = Some((space, keep));
     }
 
     /// The mapping of the page at `linear` may have changed.

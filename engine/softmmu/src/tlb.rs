@@ -3,6 +3,8 @@
 //! A hit is one comparison: the distance of the address from the tag is at most the page size less that of the access. It fails for
 //! another page and for an access that leaves the page. The layout is known to translated code.
 
+use std::collections::HashSet;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::io;
 use std::mem::offset_of;
 
@@ -81,26 +83,81 @@ impl TlbEntry {
 /// What the hot paths need not know of an entry: guest-physical address of the page, and these bits.
 type Facts = u64;
 const GLOBAL: Facts = 1;
-/// The slot is in `filled`.
-const LISTED: Facts = 2;
-const VALID: Facts = 4;
+const VALID: Facts = 2;
+/// The slot is in the list of local, or of global ones.
+const LISTED: [Facts; 2] = [4, 8];
+const ALL_LISTED: Facts = LISTED[0] | LISTED[1];
 const BITS: Facts = 0xfff;
 
+/// Address spaces that are remembered while others are in use, and entries of each. Systems number few of them.
+const SPACES: usize = 8;
+const KEPT: usize = 1024;
+/// Large mappings that are known, at most.
+const LARGE: usize = 4096;
+
+/// An entry of an address space that is not in use.
+struct Kept {
+    index: MmuIndex,
+    slot: u16,
+    write: bool,
+    facts: Facts,
+    entry: TlbEntry,
+}
+
+/// An address space that is not in use.
+#[derive(Default)]
+struct Space {
+    number: u16,
+    entries: Vec<Kept>,
+}
+
 /// The data TLB of one vCPU.
+///
+/// Entries that are not global belong to an address space (a PCID). Only those of the current one are in the tables; the others are
+/// put aside, and back when their space is used again.
 pub struct Tlb {
     tables: LowBox<Tables>,
     facts: Box<[[Facts; ENTRIES]; 3]>,
-    /// Which slots were filled since they were last all flushed, so that a flush need not look at the others.
-    filled: Vec<(MmuIndex, u16)>,
-    /// The smallest aligned range that holds all entered mappings larger than 4 KiB, as address and mask: INVLPG within it
-    /// drops everything.
-    large: Option<(u64, u64)>,
+    /// Which slots were filled with local, and with global entries since these were last all flushed, so that a flush need not look
+    /// at the others.
+    filled: [Vec<(MmuIndex, u16)>; 2],
+    /// The current address space, and others, the latest last.
+    space: u16,
+    spaces: Vec<Space>,
+    /// Mappings larger than 4 KiB that entries were made from: address, and log2 of the size in its low bits. INVLPG means all of one.
+    large: HashSet<u64, BuildHasherDefault<AddressHasher>>,
     /// How often entries have been dropped or lost a permission.
     age: u64,
 }
 
+/// A hash for addresses.
+#[derive(Default)]
+struct AddressHasher(u64);
+
+impl Hasher for AddressHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|b| self.write_u64(u64::from(*b)));
+    }
+    fn write_u64(&mut self, value: u64) {
+        self.0 = (self.0 ^ value)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            .rotate_left(26);
+    }
+}
+
+/// Log2 of the sizes of large mappings; the last stands for all addresses (no paging).
+const LARGE_SIZES: [u32; 4] = [21, 22, 30, 63];
+
 fn slot_of(linear: u64) -> usize {
     (linear >> 12) as usize % ENTRIES
+}
+
+/// How a mapping of 2^`log` bytes at `linear` is known.
+fn large_key(linear: u64, log: u32) -> u64 {
+    linear >> log << log | u64::from(log)
 }
 
 impl Tlb {
@@ -116,8 +173,10 @@ impl Tlb {
         Ok(Tlb {
             tables,
             facts: vec![[0; ENTRIES]; 3].try_into().expect("three"),
-            filled: Vec::new(),
-            large: None,
+            filled: Default::default(),
+            space: 0,
+            spaces: Vec::new(),
+            large: HashSet::default(),
             age: 0,
         })
     }
@@ -143,7 +202,7 @@ impl Tlb {
         for table in &mut self.tables.0[index as usize] {
             table[slot] = invalid(slot);
         }
-        self.facts[index as usize][slot] &= LISTED;
+        self.facts[index as usize][slot] &= ALL_LISTED;
     }
 
     /// Enters a translation of the page at `linear` to RAM at `host`, guest-physical `page`. `write`: it may also be
@@ -160,73 +219,128 @@ impl Tlb {
         size: u64,
     ) {
         let linear = linear & !0xfff;
-        if size > 4096 {
-            self.note_large(linear, size);
-        }
-        let slot = slot_of(linear);
-        let facts = &mut self.facts[index as usize][slot];
-        if *facts & LISTED == 0 {
-            self.filled.push((index, slot as u16));
-        }
-        *facts = page | LISTED | VALID | if global { GLOBAL } else { 0 };
+        self.note_size(linear, size);
         let entry = TlbEntry {
             tag: linear,
             page: host as u64,
         };
+        let facts = page | VALID | if global { GLOBAL } else { 0 };
+        self.put(index, slot_of(linear), entry, write, facts);
+    }
+
+    fn put(&mut self, index: MmuIndex, slot: usize, entry: TlbEntry, write: bool, new: Facts) {
+        let list = usize::from(new & GLOBAL != 0);
+        let facts = &mut self.facts[index as usize][slot];
+        if *facts & LISTED[list] == 0 {
+            self.filled[list].push((index, slot as u16));
+        }
+        *facts = new | *facts & ALL_LISTED | LISTED[list];
         let [read_table, write_table] = &mut self.tables.0[index as usize];
         read_table[slot] = entry;
         write_table[slot] = if write { entry } else { invalid(slot) };
     }
 
-    fn note_large(&mut self, linear: u64, size: u64) {
-        // A size of 2^64 - 1 stands for "no paging".
-        let mut mask = if size.is_power_of_two() {
-            !(size - 1)
-        } else {
-            0
-        };
-        if let Some((base, old)) = self.large {
-            mask &= old;
-            while (base ^ linear) & mask != 0 {
-                mask <<= 1;
-            }
+    /// Something is cached of the mapping of `size` bytes that `linear` is part of (`u64::MAX`: there is no paging).
+    pub fn note_size(&mut self, linear: u64, size: u64) {
+        if size <= 4096 {
+            return;
         }
-        self.large = Some((linear & mask, mask));
+        if self.large.len() == LARGE {
+            // All in one.
+            self.large.clear();
+            self.large.insert(large_key(0, 63));
+        }
+        self.large.insert(large_key(linear, size.ilog2()));
     }
 
-    /// Drops everything.
+    /// Drops everything, in all address spaces.
     pub fn flush(&mut self) {
         self.age += 1;
-        for (index, slot) in std::mem::take(&mut self.filled) {
-            self.clear(index, slot.into());
-            self.facts[index as usize][usize::from(slot)] = 0;
-        }
-        self.large = None;
-    }
-
-    /// Drops everything but global pages (a CR3 load).
-    pub fn flush_local(&mut self) {
-        self.age += 1;
-        let mut filled = std::mem::take(&mut self.filled);
-        filled.retain(|&(index, slot)| {
-            let facts = self.facts[index as usize][usize::from(slot)];
-            let stays = facts & GLOBAL != 0 && facts & VALID != 0;
-            if !stays {
+        for list in [0, 1] {
+            for (index, slot) in std::mem::take(&mut self.filled[list]) {
                 self.clear(index, slot.into());
                 self.facts[index as usize][usize::from(slot)] = 0;
             }
-            stays
-        });
-        self.filled = filled;
+        }
+        self.spaces.clear();
+        self.large.clear();
     }
 
-    /// Drops the translation of the page at `linear` (INVLPG), also if it is part of a large page; whether that meant to
-    /// drop everything.
+    /// Drops everything but global pages from the current address space (a CR3 load).
+    pub fn flush_local(&mut self) {
+        self.take_local(|_| {});
+    }
+
+    /// Empties the tables of what belongs to the current address space.
+    fn take_local(&mut self, mut dropped: impl FnMut(Kept)) {
+        self.age += 1;
+        let mut local = std::mem::take(&mut self.filled[0]);
+        for (index, slot) in local.drain(..) {
+            let (i, s) = (index as usize, usize::from(slot));
+            let facts = &mut self.facts[i][s];
+            *facts &= !LISTED[0];
+            if *facts & (VALID | GLOBAL) == VALID {
+                let [read, write] = &self.tables.0[i];
+                dropped(Kept {
+                    index,
+                    slot,
+                    write: write[s].tag == read[s].tag,
+                    facts: *facts & !ALL_LISTED,
+                    entry: read[s],
+                });
+                self.clear(index, s);
+            }
+        }
+        // With the room it has.
+        self.filled[0] = local;
+    }
+
+    /// Makes another address space the current one (a CR3 load with PCIDs). `keep`: what is remembered of it is still true.
+    pub fn switch(&mut self, space: u16, keep: bool) {
+        if space == self.space {
+            if !keep {
+                self.flush_local();
+            }
+            return;
+        }
+        let known = self.spaces.iter().position(|s| s.number == space);
+        let new = known.map(|n| self.spaces.remove(n));
+        let mut entries = match self.spaces.len() {
+            SPACES => self.spaces.remove(0).entries,
+            _ => Vec::new(),
+        };
+        entries.clear();
+        self.take_local(|kept| {
+            if entries.len() < KEPT {
+                entries.push(kept);
+            }
+        });
+        let old = std::mem::replace(&mut self.space, space);
+        self.spaces.push(Space {
+            number: old,
+            entries,
+        });
+        for kept in new.filter(|_| keep).iter().flat_map(|s| &s.entries) {
+            self.put(
+                kept.index,
+                kept.slot.into(),
+                kept.entry,
+                kept.write,
+                kept.facts,
+            );
+        }
+    }
+
+    /// Drops the translation of the page at `linear` from the current address space (INVLPG), also if it is part of a large page;
+    /// whether it is.
     pub fn flush_page(&mut self, linear: u64) -> bool {
         self.age += 1;
-        if self.large.is_some_and(|(base, mask)| linear & mask == base) {
-            self.flush();
-            return true;
+        let mut large = false;
+        for log in LARGE_SIZES {
+            if self.large.remove(&large_key(linear, log)) {
+                large = true;
+                self.flush_range(large_key(linear, log), log);
+            }
         }
         let linear = linear & !0xfff;
         for index in [MmuIndex::Kernel, MmuIndex::KernelAc, MmuIndex::User] {
@@ -234,17 +348,36 @@ impl Tlb {
                 self.clear(index, slot_of(linear));
             }
         }
-        false
+        large
+    }
+
+    /// Drops what lies within 2^`log` bytes of `linear`.
+    fn flush_range(&mut self, linear: u64, log: u32) {
+        if log == 63 {
+            return self.flush();
+        }
+        for list in [0, 1] {
+            for n in 0..self.filled[list].len() {
+                let (index, slot) = self.filled[list][n];
+                let entry = self.tables.0[index as usize][0][usize::from(slot)];
+                if (entry.tag ^ linear) >> log == 0 {
+                    self.clear(index, slot.into());
+                }
+            }
+        }
     }
 
     /// Drops the write permission from all entries of guest-physical `page`: it holds code now.
     pub fn protect(&mut self, page: u64) {
         self.age += 1;
-        for &(index, slot) in &self.filled {
+        for &(index, slot) in self.filled.iter().flatten() {
             let slot = usize::from(slot);
             if self.facts[index as usize][slot] & !BITS == page {
                 self.tables.0[index as usize][Direction::Write as usize][slot] = invalid(slot);
             }
+        }
+        for kept in self.spaces.iter_mut().flat_map(|s| &mut s.entries) {
+            kept.write &= kept.facts & !BITS != page;
         }
     }
 }
@@ -328,6 +461,7 @@ mod tests {
         assert_eq!(hit(&tlb, Kernel, global), (false, false));
         tlb.fill(User, local, host, 0x6000, true, false, 4096);
         tlb.fill(Kernel, global, host, 0x5000, true, true, 1 << 21);
+        tlb.fill(Kernel, global + 0x20_0000, host, 0x7000, true, true, 4096);
         assert!(!tlb.flush_page(local + 0x20_0000));
         assert_eq!(hit(&tlb, Kernel, global), (true, true), "far away");
         assert!(tlb.flush_page(global + 0x10_0000));
@@ -336,5 +470,70 @@ mod tests {
             (false, false),
             "a large page goes as a whole"
         );
+        assert_eq!(hit(&tlb, User, local), (true, true), "and nothing else");
+        assert_eq!(hit(&tlb, Kernel, global + 0x20_0000), (true, true));
+        tlb.fill(User, local, host, 0x6000, true, false, u64::MAX);
+        assert!(tlb.flush_page(0));
+        assert_eq!(hit(&tlb, User, local), (false, false), "without paging");
+    }
+
+    #[test]
+    fn a_slot_may_hold_local_and_global_pages_in_turn() {
+        let mut ram = [0u8; 4096];
+        let host = ram.as_mut_ptr();
+        let mut tlb = Tlb::new().unwrap();
+        let (one, other) = (0x5000, 0x5000 + (ENTRIES as u64) * 4096);
+        for (first, second) in [(false, true), (true, false), (true, true), (false, false)] {
+            tlb.fill(MmuIndex::Kernel, one, host, 0x1000, true, first, 4096);
+            tlb.fill(MmuIndex::Kernel, other, host, 0x1000, true, second, 4096);
+            tlb.flush_local();
+            assert_eq!(
+                hit(&tlb, MmuIndex::Kernel, other).0,
+                second,
+                "{first} {second}"
+            );
+            tlb.flush();
+            assert!(!hit(&tlb, MmuIndex::Kernel, other).0, "{first} {second}");
+        }
+    }
+
+    #[test]
+    fn address_spaces_are_remembered_until_they_are_flushed() {
+        use MmuIndex::*;
+        let mut ram = [0u8; 4096];
+        let host = ram.as_mut_ptr();
+        let fill = |tlb: &mut Tlb, linear| tlb.fill(User, linear, host, 0x3000, true, false, 4096);
+        let mut tlb = Tlb::new().unwrap();
+        let (both, one, gone) = ((true, true), (true, false), (false, false));
+        tlb.switch(1, false);
+        fill(&mut tlb, 0x1000);
+        fill(&mut tlb, 0x2000);
+        tlb.switch(2, false);
+        assert_eq!(hit(&tlb, User, 0x1000), gone, "another space");
+        fill(&mut tlb, 0x1000);
+        fill(&mut tlb, 0x4000);
+        assert!(!tlb.flush_page(0x2000), "INVLPG is for the current space");
+        tlb.switch(1, true);
+        assert_eq!(hit(&tlb, User, 0x1000), both);
+        assert_eq!(hit(&tlb, User, 0x2000), both);
+        assert_eq!(hit(&tlb, User, 0x4000), gone);
+        tlb.protect(0x3000);
+        assert_eq!(hit(&tlb, User, 0x1000), one);
+        tlb.switch(2, true);
+        assert_eq!(hit(&tlb, User, 0x4000), one, "protected while it was away");
+        tlb.switch(1, false);
+        assert_eq!(hit(&tlb, User, 0x1000), gone, "flushed");
+        tlb.switch(2, true);
+        assert_eq!(hit(&tlb, User, 0x4000), one, "but not the other");
+        tlb.flush();
+        tlb.switch(1, true);
+        tlb.switch(2, true);
+        assert_eq!(hit(&tlb, User, 0x4000), gone, "all of them");
+        for space in 10..40 {
+            tlb.switch(space, true);
+            fill(&mut tlb, u64::from(space) << 12);
+        }
+        tlb.switch(10, true);
+        assert_eq!(hit(&tlb, User, 10 << 12), gone, "not for ever");
     }
 }

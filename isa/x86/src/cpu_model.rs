@@ -304,6 +304,7 @@ fn basic_leaves(cores: u32, host: &HostFeatures) -> Vec<CpuidLeaf> {
         (true, 9),              // SSSE3
         (avx && host.fma, 12),  // FMA
         (true, 13),             // CMPXCHG16B
+        (true, 17),             // PCIDs
         (host.sse41, 19),       // SSE4.1
         (host.sse42, 20),       // SSE4.2
         (true, 21),             // x2APIC
@@ -497,7 +498,7 @@ mod tests {
             (0, 0, 2, !0, 0x444d_4163), // cAMD
             (1, 0, 0, !0, 0x00a1_0f11),
             (1, 0, 1, !0, 0x0506_0800),
-            (1, 0, 2, !0, 0xf7f8_3203 & !(1 << 27)),
+            (1, 0, 2, !0, 0xf7fa_3203 & !(1 << 27)),
             (1, 0, 3, !0, 0x178b_fbfd),
             (2, 0, 0, !0, 0),
             (7, 0, 0, !0, 0),
@@ -628,7 +629,8 @@ mod tests {
         assert_eq!(model.signature(), 0x00a1_0f11);
         assert_eq!(model.xcr0_bits(), 7);
         assert_eq!(model.efer_bits(), 0x20_0d01);
-        let all = cr4::SMAP | cr4::SMEP | cr4::UMIP | cr4::FSGSBASE | cr4::OSXSAVE | 0x7fc;
+        let all =
+            cr4::SMAP | cr4::SMEP | cr4::UMIP | cr4::FSGSBASE | cr4::OSXSAVE | cr4::PCIDE | 0x7fc;
         assert_eq!(model.cr4_bits(), all);
     }
 

@@ -315,6 +315,71 @@ fn control_registers_are_checked() {
 
 /// MSR writes: refused with #GP(0), or read back as what.
 #[test]
+fn address_spaces_with_numbers_are_kept_apart_and_flushed_one_by_one() {
+    const KEEP: u64 = 1 << 63;
+    const WINDOW: u64 = 0x20_0000;
+    let (tables, pages) = ([0x2_8000, 0x2_c000], [0x3_0000, 0x3_1000, 0x3_2000]);
+    let mut m = Machine::long(0);
+    for (n, at) in tables.into_iter().enumerate() {
+        m.u64(at, at + 0x1007);
+        m.u64(at + 0x1000, at + 0x2007);
+        m.u64(at + 0x2000, 0x87);
+        m.u64(at + 0x2008, at + 0x3007);
+        m.u64(at + 0x3000, pages[n] | 7);
+    }
+    for (n, at) in (1_u64..).zip(pages) {
+        // mov eax, n; ret; and n as data.
+        m.u64(at, 0xc3_0000_0000_b8 | n << 8);
+        m.u64(at + 8, n);
+    }
+    let entry = |n: usize| tables[n] + 0x3000;
+    // What is loaded to CR3, and the pages whose code and data are seen then.
+    let steps = [
+        (tables[0] | 1, 1_u64),
+        (tables[1] | 2, 2),
+        (tables[0] | 1 | KEEP, 1),
+        (tables[1] | 2 | KEEP, 2),
+        (tables[1] | 1, 2),
+        (tables[0] | 1, 1),
+        // Here the mappings of both spaces change.
+        (tables[0] | 1, 3),
+        (tables[1] | 2, 3),
+        (tables[0] | 1 | KEEP, 3),
+    ];
+    m.code(64, CODE, |a| {
+        a.mov(rax, cr4)?;
+        a.or(eax, cr4::PCIDE as i32)?;
+        a.mov(cr4, rax)?;
+        a.mov(r15, WINDOW)?;
+        for (n, (value, _)) in steps.into_iter().enumerate() {
+            if n == 6 {
+                for space in [0, 1] {
+                    a.mov(rax, entry(space))?;
+                    a.mov(dword_ptr(rax), (pages[2] | 7) as i32)?;
+                }
+            }
+            a.mov(rcx, value)?;
+            a.mov(cr3, rcx)?;
+            a.mov(rdx, cr3)?;
+            a.mov(rbx, value & !KEEP)?;
+            a.sub(rdx, rbx)?;
+            a.or(r14, rdx)?;
+            a.mov(r13d, dword_ptr(r15 + 8))?;
+            a.call(r15)?;
+            a.shl(r12, 4)?;
+            a.or(r12, rax)?;
+            a.sub(r13, rax)?;
+            a.or(r14, r13)?;
+        }
+        a.done()
+    });
+    m.expect_done();
+    let seen = steps.iter().fold(0, |seen, (_, page)| seen << 4 | page);
+    assert_eq!(m.state.gpr[12], seen);
+    assert_eq!(m.state.gpr[14], 0, "CR3 as loaded, data and code alike");
+}
+
+#[test]
 fn msrs_are_checked() {
     let bad = 1_u64 << 62;
     for (number, value, result) in [
