@@ -31,6 +31,8 @@ machine/loader: memory/guest_memory isa/x86 machine/tables
 machine/tables:
 machine/board: memory/address_space backends/block backends/char backends/net devices/chipset support/clock devices/device_model memory/guest_memory machine/loader devices/pci machine/tables engine/vcpu devices/virtio devices/virtio_devices isa/x86 test:engine/interp
 vmm/lifecycle: machine/board support/clock engine/vcpu isa/x86 memory/guest_memory memory/address_space devices/device_model test:engine/interp
+control/api:
+control/store: control/api
 image:
 bin/lodger: *
 tests: *

@@ -1,8 +1,15 @@
 //! The escape key: Ctrl-A, as in QEMU's `-nographic` and GNU screen.
 
-/// What `Ctrl-A h` prints, and what a user is told at the start.
+/// What `Ctrl-A h` prints at the terminal that a machine was started from.
 const HELP: &str = "\
 Ctrl-A x        end the machine and leave
+Ctrl-A s        type this terminal's size into the guest's shell, as an stty command
+Ctrl-A Ctrl-A   send Ctrl-A to the guest
+Ctrl-A h        this help";
+
+/// The same, at a terminal that came later.
+const HELP_ATTACHED: &str = "\
+Ctrl-A d        leave; the machine runs on (Ctrl-A x does the same)
 Ctrl-A s        type this terminal's size into the guest's shell, as an stty command
 Ctrl-A Ctrl-A   send Ctrl-A to the guest
 Ctrl-A h        this help";
@@ -14,6 +21,8 @@ const KEY: u8 = 0x01;
 pub struct Escape {
     /// The key was pressed last.
     armed: bool,
+    /// Leaving does not end the machine, and has a letter more.
+    attached: bool,
 }
 
 /// What an escape sequence asks for.
@@ -27,6 +36,16 @@ pub(crate) enum Command {
 impl Escape {
     /// The sequences, a line each.
     pub const HELP: &str = HELP;
+    /// Those of an [`attached`](Escape::attached) terminal.
+    pub const HELP_ATTACHED: &str = HELP_ATTACHED;
+
+    /// For a terminal that a machine does not end with.
+    pub fn attached() -> Escape {
+        Escape {
+            armed: false,
+            attached: true,
+        }
+    }
 
     /// Appends to `data` what of `typed` is for the guest, and returns what was asked for meanwhile. What follows an escape
     /// key and means nothing is dropped together with it.
@@ -42,6 +61,7 @@ impl Escape {
             }
             match byte {
                 b'x' | b'X' => commands.push(Command::Quit),
+                b'd' | b'D' if self.attached => commands.push(Command::Quit),
                 b's' | b'S' => commands.push(Command::Size),
                 b'h' | b'H' | b'?' => commands.push(Command::Help),
                 KEY => data.push(KEY),
@@ -78,6 +98,18 @@ mod tests {
                 asked.extend(escape.filter(read, &mut got));
             }
             assert_eq!((&got[..], &asked[..]), (*data, *commands), "{reads:?}");
+        }
+    }
+
+    #[test]
+    fn only_attached_terminals_detach() {
+        for (mut escape, asked) in [
+            (Escape::default(), &[][..]),
+            (Escape::attached(), &[Command::Quit]),
+        ] {
+            let mut got = Vec::new();
+            assert_eq!(escape.filter(b"\x01da", &mut got), asked);
+            assert_eq!(got, b"a");
         }
     }
 }

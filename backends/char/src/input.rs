@@ -55,12 +55,12 @@ pub struct Input {
 }
 
 impl Input {
-    /// Reads standard input and `signals` until dropped. Bytes go to `port`; with `escapes` the escape sequences are
+    /// Reads standard input and `signals` until dropped. Bytes go to `port`; with an `escape` key its sequences are
     /// taken out. `notice` is called on the thread and must not wait for the guest.
     pub fn start(
         port: Arc<dyn InputPort>,
         signals: Signals,
-        escapes: bool,
+        escape: Option<Escape>,
         notice: impl Fn(Notice) + Send + 'static,
     ) -> io::Result<Input> {
         let from = rustix::io::dup(rustix::stdio::stdin())?;
@@ -72,7 +72,7 @@ impl Input {
             wake: Arc::clone(&wake),
             stop: Arc::clone(&stop),
             port,
-            escape: escapes.then(Escape::default),
+            escape,
             waiting: VecDeque::new(),
             notice,
         };

@@ -2,6 +2,7 @@
 //!
 //! * [`Output`] passes the guest's bytes on as they are, at once.
 //! * [`Input`] is the thread that reads what is typed, the escape key and the signals, and offers the bytes to the guest.
+//! * [`SharedConsole`] lets a log and several terminals share one; [`RotatingLog`] is the log.
 //! * [`RawMode`] makes the terminal pass every key on, and puts it back however the program ends.
 //!
 //! When standard input and output are both a terminal it is put into raw mode: Ctrl-C and all other keys go to the
@@ -15,13 +16,17 @@
 
 mod escape;
 mod input;
+mod log;
 mod output;
 mod raw_mode;
+mod shared;
 
 pub use escape::Escape;
 pub use input::{Input, Notice, Room};
+pub use log::RotatingLog;
 pub use output::Output;
 pub use raw_mode::RawMode;
+pub use shared::{Attached, SharedConsole};
 
 /// Whether standard input and output are both a terminal.
 pub fn is_interactive() -> bool {

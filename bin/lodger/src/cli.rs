@@ -1,5 +1,7 @@
 //! The arguments and their help.
 
+mod vms;
+
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -7,6 +9,10 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use lodger_net::Forward;
 use lodger_virtio_devices::BlkSpec;
 use lodger_x86::CpuModel;
+use serde::{Deserialize, Serialize};
+
+use crate::spec::Restart;
+pub use vms::{ConsoleArgs, Keeping, Label, LogsArgs, PsArgs, RmArgs, StopArgs, Vms};
 
 use crate::disk::DiskCommand;
 
@@ -34,6 +40,8 @@ Examples:
   lodger run
       boots the mini image to a shell, and builds it first if need be
   lodger run --cpus 4 --memory 1.5G --disk disk.img
+  lodger run -d --name web -p 8080:80 debian
+      in the background, with a disk of its own; see lodger ps, logs, console, stop, start, rm
   lodger run --kernel vmlinuz --initrd initrd.img --append 'console=ttyS0'";
 
 /// RAM of a machine for which nothing else is said, in bytes.
@@ -64,6 +72,38 @@ pub enum Command {
     /// Make, describe, convert, check and grow disk images
     #[command(subcommand)]
     Disk(DiskCommand),
+    /// List virtual machines
+    Ps(PsArgs),
+    /// Start stopped virtual machines again, in the background
+    Start(Vms),
+    /// Stop virtual machines: press the power button, and end them if they take too long
+    Stop(StopArgs),
+    /// Stop virtual machines and start them again
+    Restart(StopArgs),
+    /// End virtual machines at once, as if the power failed
+    Kill(Vms),
+    /// Let virtual machines stand still
+    Pause(Vms),
+    /// Let paused virtual machines go on
+    #[command(alias = "resume")]
+    Unpause(Vms),
+    /// Remove stopped virtual machines and their disks
+    Rm(RmArgs),
+    /// Wait for virtual machines to end, and print their exit statuses
+    Wait(Vms),
+    /// Show what a virtual machine has printed on its console
+    Logs(LogsArgs),
+    /// Connect this terminal to the console of a running virtual machine
+    #[command(alias = "attach")]
+    Console(ConsoleArgs),
+    /// Tell everything about virtual machines, as JSON
+    Inspect(Vms),
+    /// Run the virtual machine of a directory in the background; `lodger run --detach` does
+    #[command(hide = true)]
+    Monitor {
+        /// The virtual machine's directory, locked by standard input
+        dir: PathBuf,
+    },
     /// Check what this host can do, and how to get what it cannot
     Doctor,
 }
@@ -159,12 +199,19 @@ pub struct RunArgs {
     /// End when the guest resets the machine, with status 4, instead of rebooting it
     #[arg(long)]
     pub no_reboot: bool,
+    #[command(flatten)]
+    pub keeping: Keeping,
+    /// When to start the machine again after it has ended: no, on-failure, on-failure:N (at most N times in
+    /// a row) or always. One that is stopped by `lodger stop` stays so
+    #[arg(long, value_name = "POLICY", default_value = "no")]
+    pub restart: Restart,
     /// At the end, tell what the engine did: translations, exits by cause, instructions left to the interpreter
     #[arg(long)]
     pub stats: bool,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum EngineChoice {
     /// kvm if this host has it and it can run stock systems, otherwise dbt
     Auto,

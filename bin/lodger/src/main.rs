@@ -4,7 +4,9 @@
 //! |---|---|
 //! | `cli.rs` | the arguments and their help |
 //! | `registry.rs` | everything that is linked in; the choice of an engine |
-//! | `run.rs` | `lodger run` |
+//! | `run.rs`, `spec.rs` | `lodger run`; what a VM is started from |
+//! | `monitor/` | the process that runs a VM |
+//! | `vms/` | the commands about VMs that have a name |
 //! | `images.rs` | `lodger image` |
 //! | `disk.rs` | `lodger disk` |
 //! | `doctor.rs` | `lodger doctor` |
@@ -18,9 +20,12 @@ mod doctor;
 mod host;
 mod images;
 mod messages;
+mod monitor;
 mod registry;
 mod run;
+mod spec;
 mod status;
+mod vms;
 
 use std::process::ExitCode;
 
@@ -32,7 +37,20 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     messages::start(cli.verbose, cli.quiet);
     let result = match cli.command {
-        Command::Run(args) => run::run(&args, cli.quiet),
+        Command::Run(args) => run::run(&args, cli.verbose, cli.quiet),
+        Command::Ps(args) => vms::ps(&args, cli.quiet),
+        Command::Start(vms) => vms::start(&vms, cli.verbose),
+        Command::Stop(args) => vms::stop(&args, cli.quiet),
+        Command::Restart(args) => vms::restart(&args, cli.verbose, cli.quiet),
+        Command::Kill(vms) => vms::kill(&vms),
+        Command::Pause(vms) => vms::pause(&vms, true),
+        Command::Unpause(vms) => vms::pause(&vms, false),
+        Command::Rm(args) => vms::remove(&args),
+        Command::Wait(vms) => vms::wait(&vms),
+        Command::Logs(args) => vms::logs(&args),
+        Command::Console(args) => vms::console(&args, cli.quiet),
+        Command::Inspect(vms) => vms::inspect(&vms),
+        Command::Monitor { dir } => monitor::serve(&dir),
         Command::Image(command) => images::serve(&command, cli.quiet),
         Command::Disk(command) => disk::serve(&command, cli.quiet),
         Command::Doctor => doctor::examine(),

@@ -1,7 +1,10 @@
 //! Exit statuses. The help of `lodger run` lists them, and harnesses rely on them.
 
+use std::path::PathBuf;
+
 use lodger_board::BuildError;
 use lodger_lifecycle::Failure;
+use lodger_store::StoreError;
 
 /// The guest powered off, or the user left by the escape key.
 pub const POWERED_OFF: u8 = 0;
@@ -14,9 +17,17 @@ pub const CRASHED: u8 = 3;
 /// The guest reset the machine, under `--no-reboot`.
 pub const RESET: u8 = 4;
 
+/// Ended by `lodger kill`, or by `lodger stop` because the guest did not end by itself: as of SIGKILL.
+pub const KILLED: u8 = 128 + 9;
+
 /// Ended by this signal, as a shell reports it.
 pub fn signal(number: u8) -> u8 {
     128 + (number & 0x7f)
+}
+
+/// Says what was being done when the host refused something.
+pub fn host_error(what: &'static str) -> impl Fn(std::io::Error) -> Error {
+    move |source| Error::Host { what, source }
 }
 
 /// The signal that a status stands for.
@@ -56,6 +67,33 @@ pub enum Error {
     /// A signal has ended the command.
     #[error("interrupted; nothing is left behind")]
     Ended(u8),
+    /// The VMs' directories.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A VM, which is named.
+    #[error("{name}: {what}")]
+    Named {
+        /// The VM.
+        name: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// A file of the user's.
+    #[error("{}: {what}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// What another process of ours has found wrong, with its status.
+    #[error("{message}")]
+    Relayed {
+        /// The status.
+        status: u8,
+        /// The message.
+        message: String,
+    },
     /// The terminal, or a thread.
     #[error("{what}: {source}")]
     Host {
@@ -85,7 +123,7 @@ impl Error {
                 lodger_image::Error::UnknownImage { .. } | lodger_image::Error::Option { .. },
             )
             | Error::Disk(lodger_block::ManageError::Size { .. }) => USAGE,
-            Error::Ended(status) => *status,
+            Error::Ended(status) | Error::Relayed { status, .. } => *status,
             _ => HOST_FAILURE,
         }
     }

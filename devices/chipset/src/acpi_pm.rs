@@ -77,9 +77,13 @@ impl AcpiPm {
         })
     }
 
-    /// Somebody presses the power button: most guests shut down.
-    pub fn press_power_button(&self) {
-        self.access(|r, _| r.raise(POWER_BUTTON));
+    /// Somebody presses the power button: most guests shut down. False: the guest has not enabled the button's event, so
+    /// nothing will come of it yet.
+    pub fn press_power_button(&self) -> bool {
+        self.access(|r, _| {
+            r.raise(POWER_BUTTON);
+            r.listens(POWER_BUTTON)
+        })
     }
 
     /// General-purpose event `number` (0 to 15) happens.
@@ -173,7 +177,7 @@ mod tests {
     fn run(rig: &Rig, pm: &AcpiPm, script: &str) {
         rig.run_with(script, |words| {
             match words[0] {
-                "button" => pm.press_power_button(),
+                "button" => return pm.press_power_button().to_string(),
                 "gpe" => pm.raise_gpe(words[1].parse().unwrap()),
                 "requests" => return format!("{:?}", rig.take_requests()),
                 other => panic!("{other}"),
@@ -206,8 +210,8 @@ mod tests {
             (
                 "the power button, cleared by writing 1",
                 false,
-                "button; irq 9 = 0; r 600 = 0100; w 602 0100; irq 9 = 1; w 600 00ff; irq 9 = 1; w 601 01;
-                 irq 9 = 0; r 600 = 0000",
+                "button = false; irq 9 = 0; r 600 = 0100; w 602 0100; irq 9 = 1; w 600 00ff; irq 9 = 1; w 601 01;
+                 irq 9 = 0; r 600 = 0000; button = true; irq 9 = 1",
             ),
             (
                 "general-purpose events",
@@ -234,7 +238,7 @@ mod tests {
         run(
             &rig,
             &pm,
-            "w 602 0101; w 622 0002; w 604 1400; button; gpe 1; edges 9 = 1",
+            "w 602 0101; w 622 0002; w 604 1400; button = true; gpe 1; edges 9 = 1",
         );
         assert_round_trip(&*pm);
         run(

@@ -174,6 +174,11 @@ impl AcpiRegisters {
         self.status |= event;
     }
 
+    /// Whether the guest is interrupted by this event.
+    pub(crate) fn listens(&self, event: u16) -> bool {
+        self.enable & event != 0
+    }
+
     /// General-purpose event `number` (0..16) happens.
     pub(crate) fn raise_gpe(&mut self, number: u32) {
         self.gpe_status |= 1_u16.checked_shl(number).unwrap_or(0);

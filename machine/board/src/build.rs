@@ -104,7 +104,7 @@ impl Machine {
         let acpi = map::acpi(spec.vcpus);
         let inputs = Arc::new(VcpuInputs(Arc::clone(&vm)));
         let mut board = Board::new(inputs, host.clock);
-        let serial = board.add_chipset(spec, &memory, &acpi, host.serial, &host.control)?;
+        let (serial, pm) = board.add_chipset(spec, &memory, &acpi, host.serial, &host.control)?;
         let wiring = Wiring {
             memory: memory.clone(),
             msi: board.inputs.clone(),
@@ -146,6 +146,7 @@ impl Machine {
             ioapic: board.ioapic,
             pci,
             devices: board.devices,
+            pm,
             serial,
             console,
             spec: spec.clone(),
@@ -217,7 +218,7 @@ impl Board {
         self.ports(port, len, device.clone())
     }
 
-    /// All that is not on the PCI bus; returns the serial port.
+    /// All that is not on the PCI bus; returns the serial port and power management.
     fn add_chipset(
         &mut self,
         spec: &MachineSpec,
@@ -225,7 +226,7 @@ impl Board {
         acpi: &AcpiConfig,
         output: ByteSink,
         control: &Arc<dyn MachineControl>,
-    ) -> Result<Arc<Uart>, BuildError> {
+    ) -> Result<(Arc<Uart>, Arc<AcpiPm>), BuildError> {
         let pic = Arc::clone(&self.pic);
         self.ports(map::PIC_MASTER_PORT, map::PIC_LEN, pic.master_ports())?;
         self.ports(map::PIC_SLAVE_PORT, map::PIC_LEN, pic.slave_ports())?;
@@ -297,7 +298,7 @@ impl Board {
             let target = DebugExit::new(Arc::clone(control));
             self.ports(map::DEBUG_EXIT_PORT, map::DEBUG_EXIT_LEN, target)?;
         }
-        Ok(uart)
+        Ok((uart, pm))
     }
 
     fn add_pci(&mut self, cf9: Arc<ResetControl>) -> Result<Arc<PciBus>, BuildError> {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use lodger_address_space::AddressSpace;
-use lodger_chipset::{Ioapic, Pic, Uart};
+use lodger_chipset::{AcpiPm, Ioapic, Pic, Uart};
 use lodger_clock::SharedClock;
 use lodger_device_model::{Device, Payload, RestoreError};
 use lodger_guest_memory::GuestMemory;
@@ -32,6 +32,7 @@ pub(crate) struct Parts {
     pub(crate) pci: Arc<PciBus>,
     /// In the order in which they are reset.
     pub(crate) devices: Vec<Arc<dyn Device>>,
+    pub(crate) pm: Arc<AcpiPm>,
     pub(crate) serial: Arc<Uart>,
     pub(crate) console: Option<Arc<Console>>,
 }
@@ -128,6 +129,11 @@ impl Machine {
     /// The virtio console, if it has one.
     pub fn console(&self) -> Option<&Arc<Console>> {
         self.parts.console.as_ref()
+    }
+
+    /// Presses the power button, upon which most guests shut down. False: the guest does not listen to it (yet).
+    pub fn press_power_button(&self) -> bool {
+        self.parts.pm.press_power_button()
     }
 
     /// Resets the devices, does what firmware would, and loads the kernel. The vCPUs must stand still; they go on from

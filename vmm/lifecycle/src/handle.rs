@@ -1,7 +1,7 @@
 //! The door to a running VM: the request queue with its lock, and what brings the vCPUs to a halt.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, OnceLock, PoisonError};
 
 use lodger_device_model::{MachineControl, MachineRequest};
 use lodger_vcpu::Kick;
@@ -58,23 +58,32 @@ impl VmHandle {
         self.submit(Request::Resume)
     }
 
-    /// From now on a panic in any thread ends the VM with a [`Failure::Panicked`]: without its clock's thread, for
-    /// example, a guest would just stand still. The message is printed as before.
+    /// From now on a panic in any thread ends this VM, instead of the one for which this was called before, with a
+    /// [`Failure::Panicked`]: without its clock's thread, for example, a guest would just stand still. The message is
+    /// printed as before.
     pub fn fail_on_panic(&self) {
-        let handle = self.clone();
-        let next = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |panic| {
-            next(panic);
-            let name = std::thread::current().name().map(str::to_owned);
-            let thread = name.unwrap_or_else(|| "without a name".into());
-            let handle = handle.clone();
-            // On another thread, because this one may hold any lock.
-            let end =
-                move || handle.submit(Request::End(End::Failed(Failure::Panicked { thread })));
-            if std::thread::Builder::new().spawn(end).is_err() {
-                std::process::abort();
-            }
-        }));
+        static GUARDED: Mutex<Option<VmHandle>> = Mutex::new(None);
+        static HOOK: Once = Once::new();
+        *GUARDED.lock().unwrap_or_else(PoisonError::into_inner) = Some(self.clone());
+        HOOK.call_once(|| {
+            let next = std::panic::take_hook();
+            std::panic::set_hook(Box::new(move |panic| {
+                next(panic);
+                let name = std::thread::current().name().map(str::to_owned);
+                let thread = name.unwrap_or_else(|| "without a name".into());
+                // On another thread, because this one may hold any lock.
+                let end = move || {
+                    let guarded = GUARDED.lock().unwrap_or_else(PoisonError::into_inner);
+                    let failure = Failure::Panicked { thread };
+                    if let Some(vm) = &*guarded {
+                        vm.submit(Request::End(End::Failed(failure)));
+                    }
+                };
+                if std::thread::Builder::new().spawn(end).is_err() {
+                    std::process::abort();
+                }
+            }));
+        });
     }
 
     fn queue(&self) -> MutexGuard<'_, RequestQueue> {

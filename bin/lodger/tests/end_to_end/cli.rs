@@ -1,29 +1,10 @@
 //! What the executable promises to scripts: exit statuses, what goes to standard output and what to standard error.
-//!
-//! The guests are a few bytes of machine code behind a Multiboot header.
 
 use std::process::Command;
 
+use crate::guest::{debug_exit, guest, path};
 use crate::process::{Finished, Lodger, lodger};
 use tempfile::NamedTempFile;
-
-/// A guest that runs this 32-bit code.
-fn guest(code: &[u8]) -> NamedTempFile {
-    const LOAD: u32 = 0x10_0000;
-    let (magic, flags) = (0x1bad_b002_u32, 1 << 16);
-    let checksum = 0u32.wrapping_sub(magic).wrapping_sub(flags);
-    // Header, load addresses (to the end of the file, no BSS), entry behind the header.
-    let words = [magic, flags, checksum, LOAD, LOAD, 0, 0, LOAD + 32];
-    let mut image: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
-    image.extend(code);
-    let file = NamedTempFile::new().expect("a file");
-    std::fs::write(file.path(), image).expect("a guest");
-    file
-}
-
-fn path(file: &NamedTempFile) -> &str {
-    file.path().to_str().expect("ASCII")
-}
 
 /// Runs this code with the debug-exit port and further arguments.
 #[track_caller]
@@ -31,11 +12,6 @@ fn run(code: &[u8], arguments: &[&str]) -> Finished {
     let file = guest(code);
     let first = ["run", "--kernel", path(&file), "--engine", "interp"];
     lodger(&[&first, arguments].concat())
-}
-
-/// `out 0xf4, al` with this value, and a halt.
-fn debug_exit(value: u8) -> [u8; 7] {
-    [0xb0, value, 0xe6, 0xf4, 0xf4, 0xeb, 0xfd]
 }
 
 #[test]

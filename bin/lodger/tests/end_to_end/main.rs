@@ -3,5 +3,7 @@
 mod boot;
 mod cli;
 mod disk;
+mod guest;
 mod network;
 mod process;
+mod vms;

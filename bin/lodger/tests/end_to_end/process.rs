@@ -54,9 +54,15 @@ pub struct Lodger {
 impl Lodger {
     /// Starts it with these arguments.
     pub fn start(arguments: &[&str]) -> Lodger {
+        Lodger::start_in(&[], arguments)
+    }
+
+    /// Starts it with these variables in its environment.
+    pub fn start_in(environment: &[(&str, &Path)], arguments: &[&str]) -> Lodger {
         let mut child = Command::new(env!("CARGO_BIN_EXE_lodger"))
             .args(arguments)
             .env("XDG_CACHE_HOME", cache())
+            .envs(environment.iter().copied())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
