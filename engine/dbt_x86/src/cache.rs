@@ -42,6 +42,9 @@ const VAIN_LOOKUPS: u32 = 16;
 /// Refills of an access's own entry, between two flushes, after which it does without.
 pub const REFILLS: i32 = 32;
 
+/// 32-bit code in the last page could go on at address zero: the interpreter does that.
+const LAST_32: u64 = 0xffff_efff;
+
 pub type BlockId = u32;
 
 /// Index of the jump table of user code.
@@ -322,6 +325,9 @@ impl Cache {
         linear: u64,
         mode: Mode,
     ) -> Option<BlockId> {
+        if mode.is_32() && linear > LAST_32 {
+            return None;
+        }
         let (physical, global) = cpu.fetch(linear).ok()?;
         let candidates = self.by_address.get(&(linear, mode.mmu as u8));
         let found = candidates.and_then(|ids| {
@@ -419,7 +425,7 @@ impl Cache {
         if tracing::enabled!(target: "lodger_dbt_x86::dump", tracing::Level::TRACE) {
             let start = (linear & 0xfff) as usize;
             let guest = &page[start..start + translated.len];
-            let text = dump::block(guest, linear, &self.buffer, base as u64);
+            let text = dump::block(guest, linear, mode.bitness(), &self.buffer, base as u64);
             tracing::trace!(target: "lodger_dbt_x86::dump", "block {linear:x}, {mode:?}\n{text}");
         }
         self.counters.translated_blocks += 1;

@@ -37,13 +37,14 @@ pub enum Lookup {
 impl Block<'_> {
     /// Puts an effective address into S; the address if it is a constant. T and the flags are destroyed.
     fn address(&mut self, address: Address) -> Option<u64> {
+        let narrow = self.source.mode.is_32();
         let i = match address {
             Address::Register(base, disp) => {
-                self.code.op(Op::Lea, S, at(base, disp));
+                self.lea(at(base, disp), narrow);
                 return None;
             }
             Address::Group(group) => {
-                self.code.op(Op::Lea, S, group.base.at(group.start));
+                self.lea(group.base.at(group.start), narrow);
                 return None;
             }
             Address::Operand(i) => i,
@@ -78,23 +79,31 @@ impl Block<'_> {
                     scale: i.memory_index_scale().trailing_zeros() as u8,
                     disp: i.memory_displacement64() as i32,
                 };
-                match short {
-                    true => self.code.op32(Op::Lea, S, mem),
-                    false => self.code.op(Op::Lea, S, mem),
-                }
+                self.lea(mem, short);
             }
         }
         if let Some(segment) = base_of {
             let place = abs(self.layout.bases + 8 * segment);
             self.code.op(Op::Add, S, place);
+            if narrow {
+                self.code.mov32(S, S);
+            }
         }
         None
+    }
+
+    /// Puts an address of 32 or 64 bits into S.
+    fn lea(&mut self, mem: Mem, narrow: bool) {
+        match narrow {
+            true => self.code.op32(Op::Lea, S, mem),
+            false => self.code.op(Op::Lea, S, mem),
+        }
     }
 
     /// Looks up an access of the current instruction: the operand in host memory. S and T are destroyed; the flags, too, so they are saved
     /// first if any are `live`.
     pub fn check(&mut self, address: Address, size: u8, write: bool, live: u32) -> Mem {
-        let Some(place) = address.place() else {
+        let Some(place) = address.place(self.source.mode.word()) else {
             self.group = None;
             self.look_up(address, size, write, live);
             return at(S, 0);

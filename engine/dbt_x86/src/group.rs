@@ -81,8 +81,8 @@ struct Member {
 }
 
 impl Address<'_> {
-    /// The address as base and displacement, if it is as simple as that.
-    pub fn place(&self) -> Option<Place> {
+    /// The address as base and displacement, if it is as simple as that, in code that pushes words of so many bytes.
+    pub fn place(&self, word: u8) -> Option<Place> {
         match self {
             Address::Register(base, disp) => Some(Place {
                 base: Base {
@@ -97,7 +97,10 @@ impl Address<'_> {
             }),
             Address::Operand(i) => {
                 let (base, index) = (i.memory_base(), i.memory_index());
-                let own = |register: Register| register.is_gpr64() && !is_stolen(register);
+                let own = |register: Register| {
+                    let wide = register.is_gpr() && register.size() == usize::from(word);
+                    wide && !is_stolen(register)
+                };
                 let simple = own(base)
                     && (index == Register::None || own(index))
                     && !matches!(i.memory_segment(), Register::FS | Register::GS);
@@ -135,29 +138,30 @@ pub fn written(insn: &Insn, info: &mut InstructionInfoFactory) -> u16 {
 impl Insn {
     /// The access that is its first, if a group may hold it.
     fn member(&self) -> Option<Member> {
+        let word = i32::from(self.word);
         let stack = |disp, write| {
             Some(Member {
                 place: Place {
                     base: Base::STACK,
                     disp,
                 },
-                size: 8,
+                size: self.word,
                 write,
             })
         };
         match self.kind {
             Kind::Memory { size, write } => Some(Member {
-                place: Address::Operand(&self.instruction).place()?,
+                place: Address::Operand(&self.instruction).place(self.word)?,
                 size,
                 write,
             }),
             Kind::Push(_) | Kind::PushImmediate(_) | Kind::Call(_) | Kind::CallRegister(_) => {
-                stack(-8, true)
+                stack(-word, true)
             }
             Kind::Pop(_) | Kind::Return(_) => stack(0, false),
             Kind::Leave => Some(Member {
-                place: Address::Register(RBP, 0).place()?,
-                size: 8,
+                place: Address::Register(RBP, 0).place(self.word)?,
+                size: self.word,
                 write: false,
             }),
             _ => None,
@@ -185,21 +189,23 @@ impl Insn {
     fn effect(&self, base: Reg) -> Effect {
         let i = &self.instruction;
         let written = self.written >> base.0 & 1 != 0;
+        let word = i32::from(self.word);
         match self.kind {
-            Kind::Push(_) | Kind::PushImmediate(_) if base == RSP => Effect::Adds(-8),
-            Kind::Pop(Register::RSP) if base == RSP => Effect::Unknown,
+            Kind::Push(_) | Kind::PushImmediate(_) if base == RSP => Effect::Adds(-word),
             Kind::Pop(register) if register.number() == base.0 as usize => Effect::Unknown,
-            Kind::Pop(_) if base == RSP => Effect::Adds(8),
+            Kind::Pop(_) if base == RSP => Effect::Adds(word),
             Kind::Push(_) | Kind::PushImmediate(_) | Kind::Pop(_) => Effect::Adds(0),
             Kind::Nothing | Kind::Branch(_) => Effect::Adds(0),
             Kind::Constant(_) | Kind::Memory { .. } | Kind::Registers if !written => {
                 Effect::Adds(0)
             }
-            Kind::Registers if i.op0_register().is_gpr64() => {
+            Kind::Registers if i.op0_register().size() == usize::from(self.word) => {
                 let immediate = (i.op_count() == 2)
                     .then(|| match i.op1_kind() {
                         OpKind::Immediate8to64 => i32::try_from(i.immediate8to64()).ok(),
                         OpKind::Immediate32to64 => i32::try_from(i.immediate32to64()).ok(),
+                        OpKind::Immediate8to32 => Some(i.immediate8to32()),
+                        OpKind::Immediate32 => Some(i.immediate32() as i32),
                         _ => None,
                     })
                     .flatten();
@@ -212,7 +218,10 @@ impl Insn {
                         if i.memory_base() == i.op0_register()
                             && i.memory_index() == Register::None =>
                     {
-                        i32::try_from(i.memory_displacement64() as i64).ok()
+                        match self.word {
+                            4 => Some(i.memory_displacement32() as i32),
+                            _ => i32::try_from(i.memory_displacement64() as i64).ok(),
+                        }
                     }
                     _ => None,
                 };

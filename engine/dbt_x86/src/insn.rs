@@ -6,7 +6,7 @@ use iced_x86::{
 use lodger_native::{Class, MemUse, in_place};
 
 use crate::group::written;
-use crate::translate::Mode;
+use crate::translate::{Mode, Width};
 
 /// The status flags, as iced's bits.
 pub const FLAGS: u32 = RflagsBits::OF
@@ -78,6 +78,8 @@ pub struct Simd {
 #[derive(Clone, Copy)]
 pub struct Insn {
     pub instruction: Instruction,
+    /// See [`Mode::word`].
+    pub word: u8,
     pub kind: Kind,
     /// The host may trap on it, beside for its memory.
     pub traps: bool,
@@ -99,7 +101,11 @@ pub fn is_stolen(register: Register) -> bool {
 impl Insn {
     pub fn new(instruction: &Instruction, info: &mut InstructionInfoFactory, mode: Mode) -> Insn {
         let mut insn = Insn {
-            instruction: *instruction,
+            instruction: match mode.is_32() {
+                true => in_64_bit_mode(*instruction),
+                false => *instruction,
+            },
+            word: mode.word(),
             kind: Kind::Interpret,
             traps: false,
             vector: false,
@@ -210,36 +216,45 @@ impl Insn {
             | M::Prefetchw
             | M::Prefetchwt1
             | M::Prefetch => Kind::Nothing,
+            _ if mode.is_32() && !is_addressable(&i, memory, mode) => Kind::Interpret,
             M::Lea if !i.is_ip_rel_memory_operand() => Kind::Registers,
             M::Lea if i.op0_register().is_gpr64() => Kind::Constant(i.ip_rel_memory_address()),
             M::Lea => Kind::Interpret,
             M::Push => match i.code() {
-                Code::Push_r64 | Code::Push_rm64 if !memory => Kind::Push(i.op0_register()),
-                Code::Push_rm64 => Kind::PushMemory,
+                Code::Push_r64 | Code::Push_rm64 | Code::Push_r32 | Code::Push_rm32 if !memory => {
+                    Kind::Push(i.op0_register())
+                }
+                Code::Push_rm64 | Code::Push_rm32 => Kind::PushMemory,
                 Code::Pushq_imm8 => Kind::PushImmediate(i.immediate8to64() as i32),
                 Code::Pushq_imm32 => Kind::PushImmediate(i.immediate32to64() as i32),
+                Code::Pushd_imm8 => Kind::PushImmediate(i.immediate8to32()),
+                Code::Pushd_imm32 => Kind::PushImmediate(i.immediate32() as i32),
                 _ => Kind::Interpret,
             },
             M::Pop => match i.code() {
-                Code::Pop_r64 | Code::Pop_rm64 if !memory => Kind::Pop(i.op0_register()),
+                Code::Pop_r64 | Code::Pop_rm64 | Code::Pop_r32 | Code::Pop_rm32 if !memory => {
+                    Kind::Pop(i.op0_register())
+                }
                 _ => Kind::Interpret,
             },
-            M::Leave if i.code() == Code::Leaveq => Kind::Leave,
+            M::Leave if matches!(i.code(), Code::Leaveq | Code::Leaved) => Kind::Leave,
             M::Ret => match i.code() {
-                Code::Retnq => Kind::Return(0),
-                Code::Retnq_imm16 => Kind::Return(i.immediate16()),
+                Code::Retnq | Code::Retnd => Kind::Return(0),
+                Code::Retnq_imm16 | Code::Retnd_imm16 => Kind::Return(i.immediate16()),
                 _ => Kind::Interpret,
             },
             M::Jmp => match i.code() {
-                Code::Jmp_rel8_64 | Code::Jmp_rel32_64 => target(&i, Kind::Jump),
-                Code::Jmp_rm64 if memory => Kind::JumpMemory,
-                Code::Jmp_rm64 => Kind::JumpRegister(i.op0_register()),
+                Code::Jmp_rel8_64 | Code::Jmp_rel32_64 | Code::Jmp_rel8_32 | Code::Jmp_rel32_32 => {
+                    target(&i, Kind::Jump)
+                }
+                Code::Jmp_rm64 | Code::Jmp_rm32 if memory => Kind::JumpMemory,
+                Code::Jmp_rm64 | Code::Jmp_rm32 => Kind::JumpRegister(i.op0_register()),
                 _ => Kind::Interpret,
             },
             M::Call => match i.code() {
-                Code::Call_rel32_64 => target(&i, Kind::Call),
-                Code::Call_rm64 if memory => Kind::CallMemory,
-                Code::Call_rm64 => Kind::CallRegister(i.op0_register()),
+                Code::Call_rel32_64 | Code::Call_rel32_32 => target(&i, Kind::Call),
+                Code::Call_rm64 | Code::Call_rm32 if memory => Kind::CallMemory,
+                Code::Call_rm64 | Code::Call_rm32 => Kind::CallRegister(i.op0_register()),
                 _ => Kind::Interpret,
             },
             M::Loop | M::Loope | M::Loopne | M::Jrcxz | M::Jecxz => match i.code() {
@@ -250,11 +265,15 @@ impl Insn {
                 | Code::Loopne_rel8_64_RCX
                 | Code::Loopne_rel8_64_ECX
                 | Code::Jrcxz_rel8_64
-                | Code::Jecxz_rel8_64 => target(&i, Kind::ShortBranch),
+                | Code::Jecxz_rel8_64
+                | Code::Loop_rel8_32_ECX
+                | Code::Loope_rel8_32_ECX
+                | Code::Loopne_rel8_32_ECX
+                | Code::Jecxz_rel8_32 => target(&i, Kind::ShortBranch),
                 _ => Kind::Interpret,
             },
             _ if i.is_jcc_short_or_near() => match i.op0_kind() {
-                OpKind::NearBranch64 => target(&i, Kind::Branch),
+                OpKind::NearBranch64 | OpKind::NearBranch32 => target(&i, Kind::Branch),
                 _ => Kind::Interpret,
             },
             _ => match special(&i, mode) {
@@ -341,10 +360,47 @@ impl Insn {
 }
 
 fn target(i: &Instruction, kind: fn(u64) -> Kind) -> Kind {
-    match i.near_branch64() >> 47 {
-        0 | 0x1ffff => kind(i.near_branch64()),
+    match i.near_branch_target() >> 47 {
+        0 | 0x1ffff => kind(i.near_branch_target()),
         _ => Kind::Interpret,
     }
+}
+
+/// The same instruction of 32-bit code in a form that 64-bit mode has.
+fn in_64_bit_mode(mut i: Instruction) -> Instruction {
+    i.set_code(match i.code() {
+        Code::Inc_r32 => Code::Inc_rm32,
+        Code::Inc_r16 => Code::Inc_rm16,
+        Code::Dec_r32 => Code::Dec_rm32,
+        Code::Dec_r16 => Code::Dec_rm16,
+        Code::Mov_AL_moffs8 => Code::Mov_r8_rm8,
+        Code::Mov_AX_moffs16 => Code::Mov_r16_rm16,
+        Code::Mov_EAX_moffs32 => Code::Mov_r32_rm32,
+        Code::Mov_moffs8_AL => Code::Mov_rm8_r8,
+        Code::Mov_moffs16_AX => Code::Mov_rm16_r16,
+        Code::Mov_moffs32_EAX => Code::Mov_rm32_r32,
+        other => other,
+    });
+    i
+}
+
+/// Whether the memory operand of an instruction of 32-bit code, if it has one, has a 32-bit address in a segment without a limit.
+fn is_addressable(i: &Instruction, memory: bool, mode: Mode) -> bool {
+    let Width::Bits32 { fs, gs } = mode.width else {
+        return true;
+    };
+    let registers = [i.memory_base(), i.memory_index()];
+    let wide = registers
+        .iter()
+        .all(|r| matches!(r, Register::None) || r.is_gpr32())
+        && (registers != [Register::None; 2] || i.memory_displ_size() == 4);
+    let segment = match i.memory_segment() {
+        Register::CS => false,
+        Register::FS => fs,
+        Register::GS => gs,
+        _ => true,
+    };
+    !memory || wide && (segment || i.mnemonic() == M::Lea)
 }
 
 /// Instructions with sequences of their own.

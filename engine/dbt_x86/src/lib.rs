@@ -8,7 +8,7 @@
 //! guest instructions; [`exits`] how a block is left; [`flags`] where the status flags are; [`check`] the lookup of an address, [`group`] one for several, [`refill`] what happens when it fails; [`env`] the data that code uses; [`routines`] the way in and out; [`cache`] blocks, links between them
 //! and their invalidation; [`jumps`] the tables of indirect jumps; [`run`] the translator in the vCPU's loop; [`traps`] host signals; [`timer`] guest timers.
 //!
-//! Limits: 64-bit mode; the host needs AVX2 and BMI2. Flags that the guest does not need any more may have another value than a
+//! Limits: 64-bit code, and 32-bit code with flat segments; x87 and MMX instructions are the interpreter's; the host needs AVX2 and BMI2. Flags that the guest does not need any more may have another value than a
 //! processor would give them when an exception or interrupt saves them. Manuals: Intel SDM volumes 2 and 3.
 
 // UNSAFETY: generates machine code, executes it, and handles its traps.

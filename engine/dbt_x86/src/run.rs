@@ -16,7 +16,7 @@ use crate::env::{Env, Layout, SiteEntry, exit, jump_slot};
 use crate::insn::Simd;
 use crate::stats::{Counters, Shared};
 use crate::timer::Timer;
-use crate::translate::{Mode, Site, Span};
+use crate::translate::{Mode, Site, Span, Width};
 use crate::traps::{self, Executing};
 
 /// The translator of one vCPU.
@@ -28,6 +28,8 @@ pub struct Dbt {
     due: Option<u64>,
     simd: Simd,
     counted: bool,
+    /// By privilege, the kind of code that was executed last.
+    widths: [Width; 3],
     executing: Executing,
     /// The counters, for others to see.
     published: Arc<Mutex<Counters>>,
@@ -58,6 +60,27 @@ const OF: u64 = 1 << 11;
 fn set_status(cpu: &mut Cpu, flags: u64) {
     let status = flags >> 8 & (STATUS_FLAGS & 0xff) | if flags & 1 != 0 { OF } else { 0 };
     cpu.flags = cpu.flags & !STATUS_FLAGS | status;
+}
+
+/// The kind of code that is to be executed, if it is translated.
+fn width(cpu: &Cpu) -> Option<Width> {
+    const DATA: u8 = 1 << Access::Read as u8 | 1 << Access::Write as u8;
+    let flat = |segment: u8, accesses: u8| cpu.flat[segment as usize] & accesses == accesses;
+    match cpu.code {
+        CodeSize::Bits64 => Some(Width::Bits64),
+        CodeSize::Bits32 => {
+            let zero = [seg::CS, seg::SS, seg::DS, seg::ES];
+            let flat_at_zero = zero.iter().all(|s| cpu.bases[*s as usize] == 0)
+                && zero[1..].iter().all(|s| flat(*s, DATA))
+                && flat(seg::CS, 1 << Access::Execute as u8)
+                && cpu.segments[seg::SS as usize].is_big();
+            flat_at_zero.then(|| Width::Bits32 {
+                fs: flat(seg::FS, DATA),
+                gs: flat(seg::GS, DATA),
+            })
+        }
+        CodeSize::Bits16 => None,
+    }
 }
 
 impl Dbt {
@@ -91,6 +114,7 @@ impl Dbt {
             due: None,
             simd: Simd::default(),
             counted: false,
+            widths: [Width::Bits64; 3],
             executing,
         })
     }
@@ -184,6 +208,7 @@ impl Dbt {
     fn run_code(&mut self, cpu: &mut Cpu) -> Next {
         let mmu = cpu.mmu;
         let mode = Mode {
+            width: self.widths[mmu as usize],
             mmu,
             simd: match self.cache.has_vectors(mmu) {
                 true => self.simd,
@@ -323,9 +348,12 @@ impl Dbt {
 impl Translator for Dbt {
     fn run(&mut self, cpu: &mut Cpu) -> Next {
         // Ring 1 and 2 have ring 0's rights to memory, but not to instructions.
-        if cpu.code != CodeSize::Bits64 || matches!(cpu.cpl, 1 | 2) || !canonical(cpu.rip()) {
+        if matches!(cpu.cpl, 1 | 2) || !canonical(cpu.rip()) {
             return Next::Interpret;
         }
+        let Some(width) = width(cpu) else {
+            return Next::Interpret;
+        };
         if cpu.tick_limit.is_some_and(|limit| cpu.ticks >= limit) {
             return Next::Attend;
         }
@@ -345,6 +373,11 @@ impl Translator for Dbt {
         if simd != self.simd {
             self.simd = simd;
             self.cache.clear(&mut self.env);
+        }
+        if width != self.widths[cpu.mmu as usize] {
+            // Neither must these.
+            self.widths[cpu.mmu as usize] = width;
+            self.cache.all_mappings_changed(&mut self.env);
         }
         let executing = Executing {
             trap: self.cache.routines_of(cpu.mmu).trap,

@@ -88,9 +88,19 @@ pub struct Span {
     pub stack: bool,
 }
 
+/// The kind of code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Width {
+    /// 64-bit mode.
+    Bits64,
+    /// 32-bit code with flat CS, SS, DS and ES; whether FS and GS, too, have no limit.
+    Bits32 { fs: bool, gs: bool },
+}
+
 /// What the translation depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mode {
+    pub width: Width,
     pub mmu: MmuIndex,
     pub simd: Simd,
     /// Ticks are counted.
@@ -100,6 +110,19 @@ pub struct Mode {
 impl Mode {
     pub fn is_ring0(self) -> bool {
         self.mmu != MmuIndex::User
+    }
+
+    pub fn is_32(self) -> bool {
+        self.width != Width::Bits64
+    }
+
+    /// Bytes that PUSH, POP, CALL and RET move.
+    pub fn word(self) -> u8 {
+        if self.is_32() { 4 } else { 8 }
+    }
+
+    pub fn bitness(self) -> u32 {
+        u32::from(self.word()) * 8
     }
 }
 
@@ -253,7 +276,12 @@ impl<'a> Block<'a> {
         insns.clear();
         let start = (self.source.linear & 0xfff) as usize;
         let bytes = &self.source.page[start..];
-        let mut decoder = Decoder::with_ip(64, bytes, self.source.linear, DecoderOptions::NONE);
+        let mut decoder = Decoder::with_ip(
+            self.source.mode.bitness(),
+            bytes,
+            self.source.linear,
+            DecoderOptions::NONE,
+        );
         let mut instruction = Instruction::default();
         let most = match self.source.page.len() {
             4096 => MAX_INSNS,
@@ -301,7 +329,12 @@ impl<'a> Block<'a> {
             return FLAGS;
         }
         let bytes = &self.source.page[(target & 0xfff) as usize..];
-        let mut decoder = Decoder::with_ip(64, bytes, target, DecoderOptions::NONE);
+        let mut decoder = Decoder::with_ip(
+            self.source.mode.bitness(),
+            bytes,
+            target,
+            DecoderOptions::NONE,
+        );
         let mut needed = 0;
         let mut open = FLAGS;
         for _ in 0..AHEAD {
@@ -442,6 +475,8 @@ impl<'a> Block<'a> {
     fn insn(&mut self, insn: &Insn) -> Result<(), Unencodable> {
         let i = &insn.instruction;
         let (live, rip) = (insn.live, i.ip());
+        let size = self.source.mode.word();
+        let word = i32::from(size);
         match insn.kind {
             Kind::Nothing => {}
             Kind::Interpret => self.leave_at(Site::Interpret {
@@ -450,7 +485,7 @@ impl<'a> Block<'a> {
                 vector: insn.vector,
                 rest: 0,
             }),
-            Kind::Registers => self.registers(insn),
+            Kind::Registers => self.registers(insn)?,
             Kind::Constant(value) if is_stolen(i.op0_register()) => {
                 self.code.mov_imm(S, value);
                 self.store(i.op0_register().number(), S);
@@ -460,44 +495,44 @@ impl<'a> Block<'a> {
                 .mov_imm(Reg(i.op0_register().number() as u8), value),
             Kind::Memory { size, write } => self.memory(insn, size, write)?,
             Kind::Push(register) => {
-                let place = self.check(Address::Register(RSP, -8), 8, true, live);
+                let place = self.check(Address::Register(RSP, -word), size, true, live);
                 let value = self.get(register, T);
                 self.note_trap(i);
-                self.code.op(Op::Store, value, place);
-                self.code.op(Op::Lea, RSP, at(RSP, -8));
+                self.word(Op::Store, value, place);
+                self.word(Op::Lea, RSP, at(RSP, -word));
             }
             Kind::PushImmediate(value) => {
-                let place = self.check(Address::Register(RSP, -8), 8, true, live);
+                let place = self.check(Address::Register(RSP, -word), size, true, live);
                 self.note_trap(i);
-                self.code.store_imm(place, value);
-                self.code.op(Op::Lea, RSP, at(RSP, -8));
+                self.store_word(place, value);
+                self.word(Op::Lea, RSP, at(RSP, -word));
             }
             Kind::PushMemory => {
                 self.read_value(i, live);
-                let place = self.check(Address::Register(RSP, -8), 8, true, live);
+                let place = self.check(Address::Register(RSP, -word), size, true, live);
                 self.code.op(Op::Mov, T, abs(self.layout.value()));
                 self.note_trap(i);
-                self.code.op(Op::Store, T, place);
-                self.code.op(Op::Lea, RSP, at(RSP, -8));
+                self.word(Op::Store, T, place);
+                self.word(Op::Lea, RSP, at(RSP, -word));
             }
             Kind::Pop(register) => {
-                let place = self.check(Address::Register(RSP, 0), 8, false, live);
+                let place = self.check(Address::Register(RSP, 0), size, false, live);
                 let number = register.number();
                 self.note_trap(i);
                 if is_stolen(register) {
                     self.code.op(Op::Mov, T, place);
                     self.store(number, T);
                 } else {
-                    self.code.op(Op::Mov, Reg(number as u8), place);
+                    self.word(Op::Mov, Reg(number as u8), place);
                 }
-                if register != Register::RSP {
-                    self.code.op(Op::Lea, RSP, at(RSP, 8));
+                if register.full_register() != Register::RSP {
+                    self.word(Op::Lea, RSP, at(RSP, word));
                 }
             }
             Kind::Leave => {
-                let place = self.check(Address::Register(RBP, 0), 8, false, live);
-                self.code.op(Op::Lea, RSP, at(RBP, 8));
-                self.code.op(Op::Mov, RBP, place);
+                let place = self.check(Address::Register(RBP, 0), size, false, live);
+                self.word(Op::Lea, RSP, at(RBP, word));
+                self.word(Op::Mov, RBP, place);
             }
             Kind::MoveSegment(number) => self.move_segment(i.op0_register(), number),
             Kind::PushFlags => self.push_flags(i),
@@ -520,6 +555,10 @@ impl<'a> Block<'a> {
                 let live = self.ahead(target, 2);
                 let start = (rip & 0xfff) as usize;
                 let page = self.source.page;
+                if self.source.mode.is_32() {
+                    // By ECX.
+                    self.code.raw(&[0x67]);
+                }
                 self.code.raw(&page[start..start + i.len() - 1]);
                 self.code.raw(&[0]);
                 let taken = self.code.short();
@@ -534,7 +573,7 @@ impl<'a> Block<'a> {
                 self.go(target, rip.wrapping_add(1), live);
             }
             Kind::Call(target) => {
-                let place = self.check(Address::Register(RSP, -8), 8, true, live);
+                let place = self.check(Address::Register(RSP, -word), size, true, live);
                 self.push_return(i, place);
                 let live = self.ahead(target, 2);
                 self.go(target, rip, live);
@@ -544,21 +583,26 @@ impl<'a> Block<'a> {
                 let number = register.number();
                 match is_stolen(register) {
                     true => self.load(S, number),
+                    false if self.source.mode.is_32() => self.code.mov32(S, Reg(number as u8)),
                     false => self.code.mov(S, Reg(number as u8)),
                 }
                 self.indirect(rip, 0);
             }
             Kind::JumpMemory => {
                 self.save_flags();
-                let place = self.check(Address::Operand(i), 8, false, live);
+                let place = self.check(Address::Operand(i), size, false, live);
                 self.note_trap(i);
-                self.code.op(Op::Mov, S, place);
+                self.word(Op::Mov, S, place);
                 self.indirect(rip, 0);
             }
             Kind::CallRegister(register) => {
                 self.save_flags();
                 // The target may be RSP or a register that is in memory.
-                let target = self.get(register, T);
+                let mut target = self.get(register, T);
+                if self.source.mode.is_32() {
+                    self.code.mov32(T, target);
+                    target = T;
+                }
                 self.code.op(Op::Store, target, abs(self.layout.value()));
                 self.call_value(i, live, rip);
             }
@@ -569,11 +613,11 @@ impl<'a> Block<'a> {
             }
             Kind::Return(release) => {
                 self.save_flags();
-                let place = self.check(Address::Register(RSP, 0), 8, false, live);
-                let by = 8 + i32::from(release);
+                let place = self.check(Address::Register(RSP, 0), size, false, live);
+                let by = word + i32::from(release);
                 self.note_trap(i);
-                self.code.op(Op::Mov, S, place);
-                self.code.op(Op::Lea, RSP, at(RSP, by));
+                self.word(Op::Mov, S, place);
+                self.word(Op::Lea, RSP, at(RSP, by));
                 self.indirect(rip, -i64::from(by));
             }
         }
@@ -590,32 +634,52 @@ impl<'a> Block<'a> {
         }
     }
 
-    /// Reads the 64-bit memory operand into `Env::value`.
+    /// An operation on what PUSH and POP move.
+    fn word(&mut self, op: Op, register: Reg, place: Mem) {
+        match self.source.mode.is_32() {
+            true => self.code.op32(op, register, place),
+            false => self.code.op(op, register, place),
+        }
+    }
+
+    fn store_word(&mut self, place: Mem, value: i32) {
+        match self.source.mode.is_32() {
+            true => self.code.store_imm32(place, value as u32),
+            false => self.code.store_imm(place, value),
+        }
+    }
+
+    /// Reads the memory operand, a code or stack word, into `Env::value`.
     fn read_value(&mut self, i: &Instruction, live: u32) {
-        let place = self.check(Address::Operand(i), 8, false, live);
+        let place = self.check(Address::Operand(i), self.source.mode.word(), false, live);
         self.note_trap(i);
-        self.code.op(Op::Mov, T, place);
+        self.word(Op::Mov, T, place);
         self.code.op(Op::Store, T, abs(self.layout.value()));
     }
 
     fn call_value(&mut self, i: &Instruction, live: u32, rip: u64) {
-        let place = self.check(Address::Register(RSP, -8), 8, true, live);
+        let size = self.source.mode.word();
+        let place = self.check(Address::Register(RSP, -i32::from(size)), size, true, live);
         // What the return address replaces, in case that the target is found to be not canonical.
         self.note_trap(i);
-        self.code.op(Op::Mov, T, place);
+        self.word(Op::Mov, T, place);
         self.code.op(Op::Store, T, abs(self.layout.replaced()));
         self.push_return(i, place);
         self.code.op(Op::Mov, S, abs(self.layout.value()));
-        self.indirect(rip, 8);
+        self.indirect(rip, size.into());
     }
 
     /// Pushes the return address of a call to `place`.
     fn push_return(&mut self, call: &Instruction, place: Mem) {
         let address = call.next_ip();
-        match i32::try_from(address as i64) {
+        let value = match self.source.mode.is_32() {
+            true => Ok(address as i32),
+            false => i32::try_from(address as i64),
+        };
+        match value {
             Ok(value) => {
                 self.note_trap(call);
-                self.code.store_imm(place, value);
+                self.store_word(place, value);
             }
             Err(_) => {
                 self.code.mov_imm(T, address);
@@ -623,11 +687,12 @@ impl<'a> Block<'a> {
                 self.code.op(Op::Store, T, place);
             }
         }
-        self.code.op(Op::Lea, RSP, at(RSP, -8));
+        let word = i32::from(self.source.mode.word());
+        self.word(Op::Lea, RSP, at(RSP, -word));
     }
 
     /// An instruction without memory.
-    fn registers(&mut self, insn: &Insn) {
+    fn registers(&mut self, insn: &Insn) -> Result<(), Unencodable> {
         let i = &insn.instruction;
         let operands = |n| {
             (0..i.op_count())
@@ -647,13 +712,18 @@ impl<'a> Block<'a> {
         if insn.traps {
             self.note_trap(i);
         }
-        self.copy(i);
+        match self.source.mode.is_32() {
+            // Some encodings are others in 64-bit mode.
+            true => self.encode(i)?,
+            false => self.copy(i),
+        }
         self.after_operation(insn);
         for (register, scratch, number) in stolen {
             if operands(register) {
                 self.store(number, scratch);
             }
         }
+        Ok(())
     }
 
     /// Emits an instruction.

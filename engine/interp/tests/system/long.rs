@@ -329,7 +329,7 @@ fn address_spaces_with_numbers_are_kept_apart_and_flushed_one_by_one() {
     }
     for (n, at) in (1_u64..).zip(pages) {
         // mov eax, n; ret; and n as data.
-        m.u64(at, 0xc3_0000_0000_b8 | n << 8);
+        m.u64(at, 0xc300_0000_00b8 | n << 8);
         m.u64(at + 8, n);
     }
     let entry = |n: usize| tables[n] + 0x3000;
