@@ -155,6 +155,22 @@ pub struct Layout {
 }
 
 impl Layout {
+    /// Addresses for tests that look at code.
+    #[cfg(test)]
+    pub fn fixed() -> Layout {
+        let table = |n: u32| 0x2000_0000 + (n << 20);
+        Layout {
+            cpu: 0x1000_0000,
+            registers: 0x1100_0000,
+            bases: 0x1200_0000,
+            vectors: 0x1300_0000,
+            mxcsr: 0x1400_0000,
+            tables: [0, 2, 4].map(|n| [table(n), table(n + 1)]),
+            requests: 0x1500_0000,
+            env: 0x1600_0000,
+        }
+    }
+
     pub fn new(cpu: &Cpu, env: &LowBox<Env>) -> Layout {
         let low = |address: usize| u32::try_from(address).expect("vCPUs are below 2 GiB");
         let table = |index| {

@@ -23,6 +23,8 @@ mod engine;
 mod env;
 mod exits;
 mod flags;
+#[cfg(test)]
+mod golden;
 mod group;
 mod insn;
 mod jumps;
