@@ -12,7 +12,10 @@ use lodger_x86::CpuModel;
 use serde::{Deserialize, Serialize};
 
 use crate::spec::Restart;
-pub use vms::{ConsoleArgs, Keeping, Label, LogsArgs, PsArgs, RmArgs, StopArgs, Vms};
+pub use vms::{
+    ConsoleArgs, DownArgs, FileArgs, Keeping, Label, LogsArgs, ManArgs, PsArgs, RmArgs, StopArgs,
+    UpArgs, Vms,
+};
 
 use crate::disk::DiskCommand;
 
@@ -43,6 +46,13 @@ Examples:
   lodger run -d --name web -p 8080:80 debian
       in the background, with a disk of its own; see lodger ps, logs, console, stop, start, rm
   lodger run --kernel vmlinuz --initrd initrd.img --append 'console=ttyS0'";
+
+const COMPLETIONS_AFTER: &str = "\
+Examples:
+  source <(lodger completions bash)
+  lodger completions bash > ~/.local/share/bash-completion/completions/lodger
+  lodger completions zsh > ~/.zfunc/_lodger
+  lodger completions fish > ~/.config/fish/completions/lodger.fish";
 
 /// RAM of a machine for which nothing else is said, in bytes.
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
@@ -98,6 +108,18 @@ pub enum Command {
     Console(ConsoleArgs),
     /// Tell everything about virtual machines, as JSON
     Inspect(Vms),
+    /// Start the virtual machines that a file describes
+    Up(UpArgs),
+    /// Stop the virtual machines that a file describes
+    Down(DownArgs),
+    /// Print what makes a shell complete lodger's commands and options
+    #[command(after_help = COMPLETIONS_AFTER)]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print a manual page, or write all of them
+    Man(ManArgs),
     /// Run the virtual machine of a directory in the background; `lodger run --detach` does
     #[command(hide = true)]
     Monitor {

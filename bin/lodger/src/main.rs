@@ -10,6 +10,7 @@
 //! | `images.rs` | `lodger image` |
 //! | `disk.rs` | `lodger disk` |
 //! | `doctor.rs` | `lodger doctor` |
+//! | `help.rs` | shell completions and manual pages |
 //! | `host.rs` | what the host has left |
 //! | `status.rs` | exit statuses |
 //! | `messages.rs` | what goes to standard error, and how |
@@ -17,6 +18,7 @@
 mod cli;
 mod disk;
 mod doctor;
+mod help;
 mod host;
 mod images;
 mod messages;
@@ -50,6 +52,10 @@ fn main() -> ExitCode {
         Command::Logs(args) => vms::logs(&args),
         Command::Console(args) => vms::console(&args, cli.quiet),
         Command::Inspect(vms) => vms::inspect(&vms),
+        Command::Up(args) => vms::up(&args, cli.verbose, cli.quiet),
+        Command::Down(args) => vms::down(&args, cli.quiet),
+        Command::Completions { shell } => help::completions(shell),
+        Command::Man(args) => help::man(&args),
         Command::Monitor { dir } => monitor::serve(&dir),
         Command::Image(command) => images::serve(&command, cli.quiet),
         Command::Disk(command) => disk::serve(&command, cli.quiet),

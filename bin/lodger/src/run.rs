@@ -1,7 +1,6 @@
 //! `lodger run`: from the arguments to what the monitor runs.
 
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use lodger_board::{BootSpec, MachineSpec, VirtioSpec};
@@ -18,42 +17,16 @@ use crate::spec::VmSpec;
 use crate::status::Error;
 use crate::{host, messages, registry, vms};
 
-/// The root disk of a VM that has one of its own, in its directory.
-pub const ROOT_DISK: &str = "root.img";
-
 /// Runs a VM: in the foreground to its end, or in the background.
 pub fn run(args: &RunArgs, verbose: u8, quiet: bool) -> Result<ExitCode, Error> {
-    let own_network = matches!(args.net, NetChoice::User | NetChoice::Isolated);
-    if !own_network && !args.publish.is_empty() {
-        let text = "ports are published on networks that Lodger makes: --net user or isolated";
-        return Err(Error::Usage(text.into()));
-    }
-    let chosen = registry::choose(args.engine)?;
-    let spec = machine_spec(args, &*chosen.engine)?;
-    if let Some(available) = host::memory_available()
-        && available < args.memory
-    {
-        tracing::warn!(
-            "the machine has {} MiB of memory, the host {} MiB to give; it may end the machine when that is used up",
-            args.memory >> 20,
-            available >> 20
-        );
-    }
-    let mut spec = VmSpec {
-        engine: args.engine,
-        no_reboot: args.no_reboot,
-        restart: args.restart,
-        stats: args.stats,
-        image: args.kernel.is_none(),
-        machine: spec,
-    };
+    let mut spec = vm_spec(args)?;
     // Before the image is built, and for as long as the VM lives.
     let mut claim = match args.keeping.is_kept() {
         true => Some(vms::claim_new(&args.keeping)?),
         false => None,
     };
     let dir = claim.as_ref().map(|claim| claim.dir());
-    let mut made = add_image(&mut spec.machine, args, dir, quiet);
+    let mut made = add_image(&mut spec, args, dir, quiet);
     if let (Ok(()), Some(claim)) = (&made, &mut claim) {
         made = vms::write_down(claim, args, &spec);
     }
@@ -77,6 +50,43 @@ pub fn run(args: &RunArgs, verbose: u8, quiet: bool) -> Result<ExitCode, Error> 
     }
 }
 
+/// What is run, without what comes from its image: that is made for arguments that are right only.
+pub fn vm_spec(args: &RunArgs) -> Result<VmSpec, Error> {
+    let own_network = matches!(args.net, NetChoice::User | NetChoice::Isolated);
+    if !own_network && !args.publish.is_empty() {
+        let text = "ports are published on networks that Lodger makes: --net user or isolated";
+        return Err(Error::Usage(text.into()));
+    }
+    let chosen = registry::choose(args.engine)?;
+    let machine = machine_spec(args, &*chosen.engine)?;
+    if let Some(available) = host::memory_available()
+        && available < args.memory
+    {
+        tracing::warn!(
+            "the machine has {} MiB of memory, the host {} MiB to give; it may end the machine when that is used up",
+            args.memory >> 20,
+            available >> 20
+        );
+    }
+    Ok(VmSpec {
+        engine: args.engine,
+        no_reboot: args.no_reboot,
+        restart: args.restart,
+        stats: args.stats,
+        image: args.kernel.is_none(),
+        machine,
+    })
+}
+
+/// What the machine boots, for people.
+pub fn boots(args: &RunArgs) -> String {
+    match (&args.kernel, &args.image) {
+        (Some(kernel), _) => kernel.display().to_string(),
+        (None, Some(image)) => image.clone(),
+        (None, None) => lodger_image::DEFAULT_IMAGE.into(),
+    }
+}
+
 /// The machine without what comes from its image.
 fn machine_spec(args: &RunArgs, engine: &dyn Engine) -> Result<MachineSpec, Error> {
     let has = |device| args.devices.contains(&device);
@@ -84,7 +94,11 @@ fn machine_spec(args: &RunArgs, engine: &dyn Engine) -> Result<MachineSpec, Erro
         memory: args.memory,
         vcpus: args.cpus,
         cpu: args.cpu.clone(),
-        boot: BootSpec::default(),
+        boot: BootSpec {
+            kernel: args.kernel.clone().unwrap_or_default(),
+            initrd: args.initrd.clone(),
+            append: args.append.clone().unwrap_or_default(),
+        },
         virtio: VirtioSpec {
             disks: args.disks.iter().map(|disk| disk.0.clone()).collect(),
             console: has(DeviceChoice::VirtioConsole).then_some(ConsoleSpec {
@@ -101,15 +115,21 @@ fn machine_spec(args: &RunArgs, engine: &dyn Engine) -> Result<MachineSpec, Erro
 }
 
 /// Adds what to boot, and the root disk of an image that has one. `dir` is the directory of a VM that is kept.
-fn add_image(
-    spec: &mut MachineSpec,
+pub fn add_image(
+    spec: &mut VmSpec,
     args: &RunArgs,
     dir: Option<&Path>,
     quiet: bool,
 ) -> Result<(), Error> {
-    let (boot, root) = boot_spec(args, dir, quiet)?;
-    spec.boot = boot;
-    spec.virtio.disks.splice(0..0, root);
+    let machine = &mut spec.machine;
+    if dir.is_some() {
+        vms::make_absolute(machine)?;
+    }
+    if args.kernel.is_none() {
+        let (boot, root) = boot_spec(args, dir, quiet)?;
+        machine.boot = boot;
+        machine.virtio.disks.splice(0..0, root);
+    }
     Ok(())
 }
 
@@ -140,31 +160,22 @@ fn nets(args: &RunArgs) -> Vec<NetSpec> {
     vec![NetSpec::new(network)]
 }
 
-/// What to boot, and the root disk of an image that has one.
+/// What to boot of an image, and its root disk if it has one.
 fn boot_spec(
     args: &RunArgs,
     dir: Option<&Path>,
     quiet: bool,
 ) -> Result<(BootSpec, Option<BlkSpec>), Error> {
     let mut append = args.append.clone().unwrap_or_default();
-    if let Some(kernel) = &args.kernel {
-        let boot = BootSpec {
-            kernel: kernel.clone(),
-            initrd: args.initrd.clone(),
-            append,
-        };
-        return Ok((boot, None));
-    }
     let name = args.image.as_deref().unwrap_or(lodger_image::DEFAULT_IMAGE);
     let mut bar = Bar::new(quiet);
     let mut machine = images::Machine(args.engine);
     let image = Cache::open(None)?.get_or_build(name, &mut bar, &mut machine)?;
-    let own_disk = dir.map(|dir| dir.join(ROOT_DISK));
-    let kept = args
-        .root
-        .as_deref()
-        .or(own_disk.as_deref().filter(|_| image.disk.is_some()));
-    let root = root_disk(&image, kept, name, &mut bar)?;
+    let root = match (dir, &args.root) {
+        (Some(dir), None) => vms::root_disk(&image, dir, &mut bar)?,
+        (None, kept) => root_disk(&image, kept.as_deref(), name, &mut bar)?,
+        (Some(_), Some(kept)) => root_disk(&image, Some(&vms::absolute(kept)?), name, &mut bar)?,
+    };
     bar.finish();
     if args.devices.contains(&DeviceChoice::VirtioConsole) {
         append = format!("console=hvc0 {append}");
@@ -172,7 +183,10 @@ fn boot_spec(
     let (kernel, initrd) = match dir {
         None => (image.kernel, image.initrd),
         // A newer image must not take away the kernel that belongs to the disk.
-        Some(dir) => (keep(&image.kernel, dir)?, keep(&image.initrd, dir)?),
+        Some(dir) => (
+            vms::keep(&image.kernel, dir)?,
+            vms::keep(&image.initrd, dir)?,
+        ),
     };
     let boot = BootSpec {
         kernel,
@@ -204,17 +218,4 @@ fn root_disk(
             Ok(Some(BlkSpec::new(kept, false)))
         }
     }
-}
-
-/// Links a file of an image into a VM's directory, or copies it there.
-fn keep(file: &Path, dir: &Path) -> Result<PathBuf, Error> {
-    let name = file.file_name().unwrap_or(file.as_os_str());
-    let kept = dir.join(name);
-    let linked = std::fs::hard_link(file, &kept)
-        .or_else(|_| std::fs::copy(file, &kept).map(|_| ()))
-        .map_err(|error: io::Error| Error::File {
-            path: kept.clone(),
-            what: error.to_string(),
-        });
-    linked.map(|()| kept)
 }

@@ -56,11 +56,15 @@ impl Claim {
             match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
                 // The directory may have been removed or renamed before it was locked.
                 Ok(()) if is_at(&lock, &path) => {
+                    let record = record::read_record(&dir)?;
+                    if record.is_none() {
+                        clear(&dir)?;
+                    }
                     return Ok(Claim {
                         name: name.clone(),
-                        record: record::read_record(&dir)?,
                         dir,
                         lock,
+                        record,
                     });
                 }
                 Ok(()) => {}
@@ -167,6 +171,17 @@ impl Claim {
         }
         Err(StoreError::InUse(self.name))
     }
+}
+
+/// Removes what a start that was interrupted has left in a directory without a VM.
+fn clear(dir: &Path) -> Result<(), StoreError> {
+    for entry in fs::read_dir(dir).map_err(at(dir))? {
+        let path = entry.map_err(at(dir))?.path();
+        if path.file_name() != Some(LOCK.as_ref()) {
+            fs::remove_file(&path).map_err(at(&path))?;
+        }
+    }
+    Ok(())
 }
 
 /// Whether the open file is the one at `path`.

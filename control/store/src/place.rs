@@ -181,13 +181,17 @@ mod tests {
     fn a_vm_from_its_name_to_its_removal() {
         let (dir, store) = store();
         assert!(matches!(store.find("web"), Err(StoreError::Unknown(_))));
-        let mut claim = store.claim(&name("web")).unwrap();
+        let claim = store.claim(&name("web")).unwrap();
         assert!(matches!(
             store.claim(&name("web")),
             Err(StoreError::InUse(_))
         ));
         // Without a record there is no VM yet.
         assert_eq!(states(&store), []);
+        fs::write(claim.dir().join("half"), "made").unwrap();
+        drop(claim);
+        let mut claim = store.claim(&name("web")).unwrap();
+        assert!(!claim.dir().join("half").exists());
         claim.set_record(record()).unwrap();
         assert_eq!(states(&store), [("web".into(), State::Starting)]);
         let mut life = Life::begin("/run/x".into(), "interp");

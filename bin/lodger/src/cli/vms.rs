@@ -1,5 +1,6 @@
 //! The arguments of the commands about VMs that have a name.
 
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::Args;
@@ -138,4 +139,66 @@ pub struct ConsoleArgs {
     /// Name, or beginning of an id
     #[arg(value_name = "VM")]
     pub vm: String,
+}
+
+/// A description and which of its VMs.
+#[derive(Debug, Args)]
+pub struct FileArgs {
+    /// The description
+    #[arg(short, long, value_name = "FILE", default_value = "lodger.toml")]
+    pub file: PathBuf,
+    /// Only these virtual machines of it
+    #[arg(value_name = "VM")]
+    pub vms: Vec<String>,
+}
+
+/// `lodger up`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The file has a table for each machine, with the long options of `lodger run` and the image:
+
+    [vm.web]
+    image = \"debian\"
+    memory = \"1G\"
+    cpus = 2
+    publish = [\"8080:80\"]
+    restart = \"on-failure\"
+    label = { role = \"front\" }
+
+    [vm.db]
+    image = \"debian\"
+    disk = [\"data.img\"]
+
+Files are looked for beside it. Machines that exist are started again with their disks,
+and with what has changed in the file; those that run are left alone.")]
+pub struct UpArgs {
+    #[command(flatten)]
+    pub file: FileArgs,
+}
+
+/// `lodger down`.
+#[derive(Debug, Args)]
+pub struct DownArgs {
+    #[command(flatten)]
+    pub file: FileArgs,
+    /// Seconds that a guest has to power off
+    #[arg(short, long, value_name = "SECONDS", default_value_t = 10)]
+    pub time: u32,
+    /// Remove the machines and their disks, too
+    #[arg(long = "rm")]
+    pub remove: bool,
+}
+
+/// `lodger man`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  lodger man run | man -l -
+  lodger man --dir ~/.local/share/man/man1")]
+pub struct ManArgs {
+    /// The command whose page is printed, that of lodger itself if there is none
+    pub command: Vec<String>,
+    /// Write the pages of all commands there instead
+    #[arg(long, conflicts_with = "command")]
+    pub dir: Option<PathBuf>,
 }

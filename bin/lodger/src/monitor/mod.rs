@@ -30,10 +30,10 @@ use lodger_store::{CONSOLE_LOG, Claim, Life};
 
 pub use detach::start as start_detached;
 
-use crate::messages;
 use crate::registry::{self, Chosen};
 use crate::spec::VmSpec;
 use crate::status::{self, Error, host_error};
+use crate::{messages, vms};
 use detach::Detached;
 use server::Server;
 use state::{Asked, Shared, Vm};
@@ -158,9 +158,14 @@ struct Monitor {
 
 impl Monitor {
     fn new(job: Job, front: Front) -> Result<Monitor, Error> {
-        let Job { spec, claim, quiet } = job;
+        let Job {
+            mut spec,
+            claim,
+            quiet,
+        } = job;
         let mut log = None;
         if let Some(claim) = &claim {
+            vms::resolve(&mut spec.machine, claim.dir());
             let path = claim.dir().join(CONSOLE_LOG);
             let opened = RotatingLog::open(&path, LOG_SIZE, LOGS);
             log = Some(opened.map_err(|error| Error::File {

@@ -2,9 +2,11 @@
 //! want they ask of the monitors (`control/api`).
 
 mod console;
+mod files;
 mod list;
 mod logs;
 mod stop;
+mod up;
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -13,13 +15,16 @@ use lodger_control::{Answer, Client, ClientError, Request};
 use lodger_store::{Claim, Name, Record, State, Store, StoreError, Vm};
 
 pub use console::console;
+pub use files::{absolute, keep, make_absolute, resolve, root_disk};
 pub use list::{inspect, ps};
 pub use logs::logs;
 pub use stop::{kill, pause, remove, restart, stop, wait};
+pub use up::{down, up};
 
 use crate::cli::{Keeping, RunArgs, Vms};
 use crate::messages;
 use crate::monitor;
+use crate::run;
 use crate::spec::VmSpec;
 use crate::status::{self, Error};
 
@@ -50,7 +55,7 @@ pub fn claim_new(keeping: &Keeping) -> Result<Claim, Error> {
     if !claim.is_dead() {
         return Err(exists());
     }
-    if claim.dir().join(crate::run::ROOT_DISK).exists() {
+    if files::has_disk(claim.dir()) {
         let aside = claim.set_aside()?;
         tracing::warn!(
             "the earlier {name} died with its monitor; it is kept as {aside} (lodger start {aside}, lodger rm {aside})"
@@ -68,17 +73,19 @@ pub fn claim_new(keeping: &Keeping) -> Result<Claim, Error> {
 
 /// Makes the claim a VM.
 pub fn write_down(claim: &mut Claim, args: &RunArgs, spec: &VmSpec) -> Result<(), Error> {
-    let image = match (&args.kernel, &args.image) {
-        (Some(kernel), _) => kernel.display().to_string(),
-        (None, Some(image)) => image.clone(),
-        (None, None) => lodger_image::DEFAULT_IMAGE.into(),
-    };
     let cannot = |source: std::io::Error| Error::Host {
         what: "cannot write down what the VM is",
         source,
     };
     let value = serde_json::to_value(spec).map_err(|error| cannot(error.into()))?;
-    let mut record = Record::new(image, value).map_err(cannot)?;
+    let mut record = match claim.record() {
+        // The VM is the same, with other options.
+        Some(before) => Record {
+            spec: value,
+            ..before.clone()
+        },
+        None => Record::new(run::boots(args), value).map_err(cannot)?,
+    };
     let labels = args.keeping.labels.iter().cloned();
     record.labels = labels
         .map(|label| (label.key, label.value.unwrap_or_default()))

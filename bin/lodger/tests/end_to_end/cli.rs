@@ -209,6 +209,24 @@ fn help_and_version() {
 }
 
 #[test]
+fn completions_and_manual_pages() {
+    for shell in ["bash", "zsh", "fish"] {
+        let script = lodger(&["completions", shell]).expect(0).text();
+        assert!(script.contains("no-reboot"), "{shell}");
+    }
+    let page = lodger(&["man", "run"]).expect(0).text();
+    assert!(
+        page.contains(".TH") && page.contains("no\\-reboot"),
+        "{page}"
+    );
+    lodger(&["man", "no-such-command"]).expect(2);
+    let dir = tempfile::tempdir().expect("a folder");
+    let all = dir.path().join("man1");
+    lodger(&["man", "--dir", all.to_str().expect("ASCII")]).expect(0);
+    assert!(all.join("lodger-image-build.1").exists());
+}
+
+#[test]
 fn the_doctor_and_the_list_of_images() {
     // Its status tells whether everything works, which depends on the host.
     let doctor = lodger(&["doctor"]).text();

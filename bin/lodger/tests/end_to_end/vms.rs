@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::{NamedTempFile, TempDir};
 
 use crate::guest::{debug_exit, guest, path};
@@ -73,10 +73,32 @@ impl Home {
     }
 
     fn start(&self, arguments: &[&str]) -> Lodger {
-        let data = self.data();
-        let environment: [(&str, &Path); 2] =
-            [("XDG_DATA_HOME", &data), ("XDG_RUNTIME_DIR", &self.runtime)];
+        let (data, cache) = (self.data(), self.dir.path().join("cache"));
+        let environment: [(&str, &Path); 3] = [
+            ("XDG_DATA_HOME", &data),
+            ("XDG_RUNTIME_DIR", &self.runtime),
+            ("XDG_CACHE_HOME", &cache),
+        ];
         Lodger::start_in(&environment, arguments)
+    }
+
+    /// Makes an image with a disk, which boots this guest.
+    fn make_image(&self, name: &str, kernel: &NamedTempFile) -> PathBuf {
+        let dir = self.dir.path().join("cache/lodger/images").join(name);
+        std::fs::create_dir_all(&dir).expect("a folder");
+        std::fs::copy(kernel.path(), dir.join("vmlinuz")).expect("a kernel");
+        std::fs::write(dir.join("initrd.cpio"), "nothing").expect("an initrd");
+        std::fs::write(dir.join("root.img"), [7; 1 << 20]).expect("a disk");
+        let part = |file: &str| {
+            let size = dir.join(file).metadata().expect("a file").len();
+            json!({"file": file, "size": size, "sha256": ""})
+        };
+        let manifest = json!({
+            "format": 1, "append": "", "kernel_release": "", "packages": {},
+            "kernel": part("vmlinuz"), "initrd": part("initrd.cpio"), "disk": part("root.img"),
+        });
+        std::fs::write(dir.join("image.json"), manifest.to_string()).expect("a manifest");
+        dir
     }
 
     #[track_caller]
@@ -385,4 +407,92 @@ fn the_control_socket() {
         assert_eq!(answers[0]["kind"], kind, "{line}");
     }
     assert_eq!(home.inspect("web")["state"], "running");
+}
+
+#[test]
+fn a_vm_keeps_its_disk_and_its_kernel() {
+    let home = Home::new();
+    let image = home.make_image("debian", &guest(SILENT));
+    let run = ["run", "-d", "--engine", "interp", "--name", "web", "debian"];
+    home.lodger(&run).expect(0);
+    // The disk is a clone, or the image's and what has changed.
+    let dir = PathBuf::from(home.inspect("web")["directory"].as_str().expect("text"));
+    assert!(dir.join("root.img").exists() || dir.join("root.qcow2").exists());
+    home.lodger(&["kill", "web"]).expect(0);
+    // One with a disk gives its name to nobody.
+    let refused = home.lodger(&run).expect(1);
+    assert!(
+        refused.stderr.contains("lodger start web"),
+        "{}",
+        refused.stderr
+    );
+
+    // The image goes, the VM does not need it.
+    std::fs::remove_dir_all(image).expect("a folder");
+    home.lodger(&["start", "web"]).expect(0);
+    kill_process(home.pid("web"), Signal::KILL).expect("it runs");
+    while home.lodger(&["ps", "-q"]).expect(0).text() != "" {}
+
+    // After a crash the name is free, and nothing is lost.
+    home.make_image("debian", &guest(SILENT));
+    let again = home.lodger(&run).expect(0);
+    assert!(again.stderr.contains("web-1"), "{}", again.stderr);
+    home.lodger(&["start", "web-1"]).expect(0);
+    let running = home.lodger(&["ps", "-q"]).expect(0).text();
+    assert_eq!(running, "web\nweb-1\n");
+    let spec = &home.inspect("web-1")["spec"]["machine"];
+    let disk = &spec["virtio"]["disks"][0]["path"];
+    assert!(disk.as_str().expect("text").starts_with("root."), "{spec}");
+}
+
+#[test]
+fn a_file_describes_several() {
+    let home = Home::new();
+    let dir = home.dir.path();
+    std::fs::copy(guest(SILENT).path(), dir.join("guest.elf")).expect("a guest");
+    let file = dir.join("lodger.toml");
+    let describe = |more: &str| {
+        let text = format!(
+            "[vm.web]\nkernel = 'guest.elf'\nengine = 'interp'\nlabel = {{ role = 'front' }}\n{more}\n\
+            [vm.db]\nkernel = 'guest.elf'\nengine = 'interp'\nnet = 'none'\ndevice = ['debug-exit']\n"
+        );
+        std::fs::write(&file, text).expect("a file");
+    };
+    let file = file.to_str().expect("ASCII");
+    let up = ["up", "--file", file];
+    let down = ["down", "--time", "0", "--file", file];
+    for (wrong, says) in [
+        ("memroy = '1G'", "--memory"),
+        ("name = 'x'", "[vm.web]: name"),
+        ("cpus = 0", "[vm.web]"),
+        ("cpus = ", "lodger.toml"),
+    ] {
+        describe(wrong);
+        let refused = home.lodger(&up).expect(1);
+        assert!(refused.stderr.contains(says), "{}", refused.stderr);
+        assert_eq!(home.vms_left(), 0);
+    }
+    describe("");
+    assert_eq!(home.lodger(&up).expect(0).text(), "web\ndb\n");
+    let again = home.lodger(&up).expect(0);
+    assert!(
+        again.stderr.contains("web: runs already"),
+        "{}",
+        again.stderr
+    );
+    describe("memory = '64M'");
+    home.lodger(&up).expect(1);
+    home.lodger(&[&down[..], &["web"]].concat()).expect(0);
+    assert_eq!(home.lodger(&["ps", "-q"]).expect(0).text(), "db\n");
+    assert_eq!(home.lodger(&up).expect(0).text(), "web\n");
+    assert_eq!(home.inspect("web")["memory"], 64 << 20);
+    assert_eq!(home.inspect("web")["labels"]["role"], "front");
+    home.lodger(&[&down[..], &["--rm"]].concat()).expect(0);
+    assert_eq!(home.vms_left(), 0);
+    // Others' VMs are left alone.
+    home.run(&guest(SILENT), &["--name", "db"]).expect(0);
+    let refused = home.lodger(&up).expect(1);
+    assert!(refused.stderr.contains("db"), "{}", refused.stderr);
+    home.lodger(&down).expect(0);
+    assert_eq!(home.lodger(&["ps", "-q"]).expect(0).text(), "db\n");
 }
