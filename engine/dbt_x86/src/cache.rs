@@ -97,7 +97,7 @@ impl Block {
 
 pub struct Cache {
     pub layout: Layout,
-    routines: [Routines; 2],
+    pub routines: Routines,
     /// Code of ring 0 uses the vector registers directly.
     ring0_vectors: bool,
     memory: ExecutableMemory,
@@ -158,17 +158,7 @@ impl Cache {
 
     /// Makes the jump tables lead nowhere.
     pub fn init(&mut self, env: &mut Env) {
-        let miss = [false, true].map(|user| self.routines(user).miss as u64);
-        self.jumps.init(env, miss);
-    }
-
-    fn routines(&self, user: bool) -> &Routines {
-        &self.routines[usize::from(!(user || self.ring0_vectors))]
-    }
-
-    /// The routines for code of a privilege.
-    pub fn routines_of(&self, index: MmuIndex) -> &Routines {
-        self.routines(index as usize == USER)
+        self.jumps.init(env, self.routines.miss as u64);
     }
 
     /// Whether code of a privilege uses the vector registers directly.
@@ -180,7 +170,6 @@ impl Cache {
     pub fn use_vectors_in_ring0(&mut self, env: &mut Env) {
         self.clear(env);
         self.ring0_vectors = true;
-        self.init(env);
     }
 
     /// Forgets everything.
@@ -461,12 +450,11 @@ impl Cache {
         };
         let buffer = std::mem::take(&mut self.buffer);
         let mut code = Code::new(self.memory.next(16), buffer);
-        let routines = *self.routines_of(mode.mmu);
         let translated = Translation::new(
             &mut self.tools,
             &self.layout,
             &source,
-            routines,
+            self.routines,
             &mut code,
             (&mut self.sites, &mut self.entries),
         )

@@ -36,7 +36,7 @@ pub enum Lookup {
 
 impl Block<'_> {
     /// Puts an effective address into S; the address if it is a constant. T and the flags are destroyed.
-    fn address(&mut self, address: Address) -> Option<u64> {
+    pub fn address(&mut self, address: Address) -> Option<u64> {
         let narrow = self.source.mode.is_32();
         let i = match address {
             Address::Register(base, disp) => {

@@ -303,6 +303,16 @@ impl Code {
         }
     }
 
+    /// `lea reg, [rip + ...]` of a place that follows.
+    pub fn lea_forward(&mut self, reg: Reg) -> Jump {
+        self.raw(&[0x48 | (reg.0 >> 3) << 2, 0x8d, (reg.0 & 7) << 3 | 5]);
+        self.imm32(0);
+        Jump {
+            at: self.bytes.len() - 4,
+            size: 4,
+        }
+    }
+
     /// `jrcxz` a little forward.
     pub fn jrcxz(&mut self) -> Jump {
         self.raw(&[0xe3, 0]);

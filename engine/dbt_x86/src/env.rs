@@ -86,6 +86,10 @@ pub struct Env {
     /// Masks for PEXT: the sign, and all of RFLAGS but IF.
     pub sign_mask: u64,
     pub no_if_mask: u64,
+    /// All of RFLAGS but AC; bits of a bit's number within 32 and 64 bits; what is zero in addresses of the lower half.
+    pub no_ac_mask: u64,
+    pub bit_masks: [u64; 2],
+    pub upper_mask: u64,
     /// Where to try again after a miss.
     pub retry: u64,
     /// The code behind a lookup, and its site's entry.
@@ -99,6 +103,11 @@ pub struct Env {
     pub strings: [u64; 4],
     /// Ticks until the limit, if ticks are counted.
     pub ticks_left: u64,
+    /// Not zero: code is to be entered with the guest's vector registers; they are in the vector registers.
+    pub wants_vectors: u64,
+    pub holds_vectors: u64,
+    /// Not zero: the jump tables of ring 0, or of users, hold code that is not 64-bit code.
+    pub narrow: [u32; 2],
     /// By slot, host addresses of code; all others lead to the miss routine. The code checks the address itself.
     pub jumps: [u64; JUMP_SLOTS],
     /// How many entries of sites are filled, and their addresses.
@@ -256,6 +265,25 @@ impl Layout {
     pub fn no_if_mask(&self) -> u32 {
         self.env + offset_of!(Env, no_if_mask) as u32
     }
+    pub fn no_ac_mask(&self) -> u32 {
+        self.env + offset_of!(Env, no_ac_mask) as u32
+    }
+    /// For elements of 4 or 8 bytes.
+    pub fn bit_mask(&self, size: u8) -> u32 {
+        self.env + offset_of!(Env, bit_masks) as u32 + u32::from(size == 8) * 8
+    }
+    pub fn upper_mask(&self) -> u32 {
+        self.env + offset_of!(Env, upper_mask) as u32
+    }
+    pub fn narrow(&self, user: bool) -> u32 {
+        self.env + offset_of!(Env, narrow) as u32 + u32::from(user) * 4
+    }
+    pub fn wants_vectors(&self) -> u32 {
+        self.env + offset_of!(Env, wants_vectors) as u32
+    }
+    pub fn holds_vectors(&self) -> u32 {
+        self.env + offset_of!(Env, holds_vectors) as u32
+    }
     pub fn strings(&self) -> u32 {
         self.env + offset_of!(Env, strings) as u32
     }
@@ -276,8 +304,29 @@ impl Layout {
     pub fn segment_base(&self, number: usize) -> u32 {
         self.segment(number) + offset_of!(Segment, base) as u32
     }
+    pub fn segment_limit(&self, number: usize) -> u32 {
+        self.segment(number) + offset_of!(Segment, limit) as u32
+    }
+    pub fn segment_attributes(&self, number: usize) -> u32 {
+        self.segment(number) + offset_of!(Segment, attributes) as u32
+    }
+    pub fn efer(&self) -> u32 {
+        self.cpu + offset_of!(Cpu, efer) as u32
+    }
+    fn msrs(&self) -> u32 {
+        self.cpu + offset_of!(Cpu, msrs) as u32
+    }
+    pub fn star(&self) -> u32 {
+        self.msrs() + offset_of!(Msrs, star) as u32
+    }
+    pub fn lstar(&self) -> u32 {
+        self.msrs() + offset_of!(Msrs, lstar) as u32
+    }
+    pub fn sfmask(&self) -> u32 {
+        self.msrs() + offset_of!(Msrs, sfmask) as u32
+    }
     pub fn kernel_gs_base(&self) -> u32 {
-        self.cpu + (offset_of!(Cpu, msrs) + offset_of!(Msrs, kernel_gs_base)) as u32
+        self.msrs() + offset_of!(Msrs, kernel_gs_base) as u32
     }
     /// A slot of the jump tables.
     pub fn jump(&self, slot: usize) -> u32 {

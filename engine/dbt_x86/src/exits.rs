@@ -4,6 +4,9 @@
 //! needs in the register: if they are saved it goes through code that restores them, unless the other block is known to need none.
 
 use crate::check::Lookup;
+use lodger_interp::canonical;
+use lodger_softmmu::MmuIndex;
+
 use crate::emit::{Jump, Mem, Op, RCX, S, T, abs, at, cc};
 use crate::env::{jump_slot, jump_slots};
 use crate::flags::Flags;
@@ -174,9 +177,18 @@ impl Block<'_> {
 
     /// Through the jump table.
     pub fn far(&mut self, target: u64) {
+        self.far_to(self.source.mode.mmu, target);
+    }
+
+    /// Through the jump table of a privilege.
+    pub fn far_to(&mut self, index: MmuIndex, target: u64) {
+        if !canonical(target) {
+            // Behind the last address there is.
+            return self.leave_at(Site::Requests { rip: target });
+        }
         self.save_flags();
         self.code.mov_imm(S, target);
-        let slot = jump_slot(self.source.mode.mmu, target);
+        let slot = jump_slot(index, target);
         self.code.jmp_mem(abs(self.layout.jump(slot)));
     }
 
@@ -185,8 +197,12 @@ impl Block<'_> {
         debug_assert_eq!(self.flags, Flags::Saved);
         let site = self.site(Site::Indirect { rip, undo });
         self.code.store_imm32(abs(self.layout.indirect()), site);
-        let mmu = self.source.mode.mmu;
-        match jump_slots(mmu) - 1 {
+        self.jump_to(self.source.mode.mmu);
+    }
+
+    /// Through the jump table of a privilege, to the canonical address in S; the flags must be saved.
+    pub fn jump_to(&mut self, index: MmuIndex) {
+        match jump_slots(index) - 1 {
             0xffff => self.code.movzx16(T, S),
             mask => {
                 self.code.mov32(T, S);
@@ -197,7 +213,7 @@ impl Block<'_> {
             base: None,
             index: Some(T),
             scale: 3,
-            disp: self.layout.jump(jump_slot(mmu, 0)) as i32,
+            disp: self.layout.jump(jump_slot(index, 0)) as i32,
         });
     }
 

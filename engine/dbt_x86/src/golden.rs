@@ -34,6 +34,7 @@ fn routines() -> Routines {
         leave_saved: 0x3000_0200,
         miss: 0x3000_0300,
         trap: 0x3000_0400,
+        load_vectors: 0x3000_0800,
         refills: [0x3000_0500, 0x3000_0600, 0x3000_0700].map(refills),
     }
 }
@@ -54,6 +55,12 @@ impl Names {
             add(layout.bases + 8 * n as u32, 8, &format!("base.{name}"));
             add(layout.selector(n), 2, &format!("selector.{name}"));
             add(layout.segment_base(n), 8, &format!("segment.{name}.base"));
+            add(layout.segment_limit(n), 4, &format!("segment.{name}.limit"));
+            add(
+                layout.segment_attributes(n),
+                2,
+                &format!("segment.{name}.attributes"),
+            );
         }
         for (index, mode) in [
             (MmuIndex::Kernel, "kernel"),
@@ -69,6 +76,8 @@ impl Names {
             let first = layout.jump(crate::env::jump_slot(index, 0));
             add(first, slots, &format!("jumps.{mode}"));
         }
+        add(layout.narrow(false), 4, "narrow.ring0");
+        add(layout.narrow(true), 4, "narrow.user");
         for (place, name) in [
             (layout.requests, "requests"),
             (layout.flags(), "flags"),
@@ -84,6 +93,14 @@ impl Names {
             (layout.sign_mask(), "sign_mask"),
             (layout.no_if_mask(), "no_if_mask"),
             (layout.kernel_gs_base(), "kernel_gs_base"),
+            (layout.no_ac_mask(), "no_ac_mask"),
+            (layout.bit_mask(4), "bit_mask.32"),
+            (layout.bit_mask(8), "bit_mask.64"),
+            (layout.upper_mask(), "upper_mask"),
+            (layout.efer(), "efer"),
+            (layout.star(), "star"),
+            (layout.lstar(), "lstar"),
+            (layout.sfmask(), "sfmask"),
         ] {
             add(place, 8, name);
         }
@@ -96,6 +113,7 @@ impl Names {
             (r.leave, "leave"),
             (r.leave_saved, "leave_saved"),
             (r.miss, "miss"),
+            (r.load_vectors, "load_vectors"),
         ] {
             add(place as u32, 1, name);
         }
@@ -161,6 +179,8 @@ fn mode(words: &str) -> Mode {
             avx: true,
         },
         counted: has("counted"),
+        smap: true,
+        bases: true,
     }
 }
 

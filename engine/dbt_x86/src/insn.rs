@@ -58,6 +58,18 @@ pub enum Kind {
     ClearInterrupts,
     SetInterrupts,
     SwapGs,
+    SystemCall,
+    SystemReturn,
+    /// STAC (true) and CLAC.
+    SetAccess(bool),
+    /// BT, BTS, BTR, BTC of a bit in memory by a register's number, in elements of so many bytes.
+    BitMemory {
+        size: u8,
+        write: bool,
+    },
+    /// RDFSBASE, RDGSBASE, and the opposites, with the segment's number.
+    ReadBase(usize),
+    WriteBase(usize),
     /// REP MOVS, REP STOS, of elements of 2^`log` bytes.
     Repeat {
         log: u8,
@@ -134,6 +146,9 @@ impl Insn {
                 | Kind::CallRegister(_)
                 | Kind::CallMemory
                 | Kind::Return(_)
+                | Kind::SystemCall
+                | Kind::SystemReturn
+                | Kind::SetAccess(_)
         )
     }
 
@@ -141,7 +156,7 @@ impl Insn {
     pub fn live_before(&self, after: u32) -> u32 {
         let i = &self.instruction;
         match self.kind {
-            Kind::Interpret => FLAGS,
+            Kind::Interpret | Kind::SystemCall | Kind::SystemReturn => FLAGS,
             Kind::Nothing => after,
             Kind::PopFlags => 0,
             _ => (after & !self.kills() | i.rflags_read()) & FLAGS,
@@ -419,12 +434,36 @@ fn special(i: &Instruction, mode: Mode) -> Option<Kind> {
             && !matches!(i.memory_segment(), Register::FS | Register::GS);
         plain.then_some(Kind::Repeat { log, moves })
     };
+    let memory = i.op_count() > 0 && i.op0_kind() == OpKind::Memory && !mode.is_32();
+    let bit = |write| {
+        let size = i.op1_register().size() as u8;
+        Some(Kind::BitMemory { size, write })
+    };
     match i.code() {
         Code::Pushfq => Some(Kind::PushFlags),
         Code::Popfq => Some(Kind::PopFlags),
         Code::Cli if mode.is_ring0() => Some(Kind::ClearInterrupts),
         Code::Sti if mode.is_ring0() => Some(Kind::SetInterrupts),
         Code::Swapgs if mode.is_ring0() => Some(Kind::SwapGs),
+        Code::Syscall if !mode.is_ring0() && !mode.is_32() => Some(Kind::SystemCall),
+        Code::Sysretq if mode.is_ring0() => Some(Kind::SystemReturn),
+        Code::Stac if mode.is_ring0() => Some(Kind::SetAccess(true)),
+        Code::Clac if mode.is_ring0() => Some(Kind::SetAccess(false)),
+        Code::Bt_rm32_r32 | Code::Bt_rm64_r64 if memory => bit(false),
+        Code::Bts_rm32_r32
+        | Code::Bts_rm64_r64
+        | Code::Btr_rm32_r32
+        | Code::Btr_rm64_r64
+        | Code::Btc_rm32_r32
+        | Code::Btc_rm64_r64
+            if memory =>
+        {
+            bit(true)
+        }
+        Code::Rdfsbase_r32 | Code::Rdfsbase_r64 if mode.bases => Some(Kind::ReadBase(4)),
+        Code::Rdgsbase_r32 | Code::Rdgsbase_r64 if mode.bases => Some(Kind::ReadBase(5)),
+        Code::Wrfsbase_r32 | Code::Wrfsbase_r64 if mode.bases => Some(Kind::WriteBase(4)),
+        Code::Wrgsbase_r32 | Code::Wrgsbase_r64 if mode.bases => Some(Kind::WriteBase(5)),
         Code::Movsb_m8_m8 => repeated(0, true),
         Code::Movsw_m16_m16 => repeated(1, true),
         Code::Movsd_m32_m32 => repeated(2, true),

@@ -5,10 +5,8 @@
 
 use std::collections::HashSet;
 
-use lodger_softmmu::MmuIndex;
-
 use crate::cache::BlockId;
-use crate::env::{Env, JUMP_SLOTS, jump_slot};
+use crate::env::{Env, JUMP_SLOTS};
 
 /// A slot that was filled.
 #[derive(Clone, Copy)]
@@ -35,25 +33,22 @@ pub struct Jumps {
     spaces: Vec<(u16, Vec<Filled>)>,
     /// Linear pages that something leads to, in any address space, and as global ones.
     reached: [HashSet<u64>; 2],
-    /// Where empty slots lead, in ring 0 and in user code.
-    miss: [u64; 2],
+    /// Where empty slots lead.
+    miss: u64,
 }
 
 impl Jumps {
-    /// Makes all slots lead nowhere: to `miss`, by whether it is user code that jumps.
-    pub fn init(&mut self, env: &mut Env, miss: [u64; 2]) {
+    /// Makes all slots lead nowhere: to `miss`.
+    pub fn init(&mut self, env: &mut Env, miss: u64) {
         self.miss = miss;
-        let (ring0, user) = env.jumps.split_at_mut(jump_slot(MmuIndex::User, 0));
-        ring0.fill(miss[0]);
-        user.fill(miss[1]);
+        env.jumps.fill(miss);
     }
 
     /// The block is not to be entered any more.
     pub fn empty(&self, env: &mut Env, filled: &Filled) {
         let slot = &mut env.jumps[filled.slot as usize];
         if *slot == u64::from(filled.entry) {
-            let user = filled.slot as usize >= jump_slot(MmuIndex::User, 0);
-            *slot = self.miss[usize::from(user)];
+            *slot = self.miss;
         }
     }
 

@@ -33,6 +33,7 @@ mod routines;
 mod run;
 mod special;
 mod stats;
+mod system;
 mod timer;
 mod translate;
 mod traps;

@@ -8,7 +8,7 @@ use lodger_host_sys::low::LowBox;
 use lodger_interp::{CodeSize, Cpu, Next, RIP, Translator, canonical, seg};
 use lodger_softmmu::{Direction, MmuIndex, TlbEntry};
 use lodger_vcpu::EngineError;
-use lodger_x86::bits::{RFlags, STATUS_FLAGS};
+use lodger_x86::bits::{RFlags, STATUS_FLAGS, cr4};
 use lodger_x86::paging::Access;
 
 use crate::cache::Cache;
@@ -28,8 +28,10 @@ pub struct Dbt {
     due: Option<u64>,
     simd: Simd,
     counted: bool,
-    /// By privilege, the kind of code that was executed last.
-    widths: [Width; 3],
+    /// In ring 0 and by users, the kind of code that was executed last.
+    widths: [Width; 2],
+    /// CR4.FSGSBASE.
+    bases: bool,
     executing: Executing,
     /// The counters, for others to see.
     published: Arc<Mutex<Counters>>,
@@ -90,6 +92,9 @@ impl Dbt {
         let layout = Layout::new(cpu, &env);
         env.sign_mask = 1 << 63;
         env.no_if_mask = !RFlags::IF.bits();
+        env.no_ac_mask = !RFlags::AC.bits();
+        env.bit_masks = [31, 63];
+        env.upper_mask = !0 << 47;
         env.sites.fill(SiteEntry::EMPTY);
         let mut cache = Cache::new(layout, cpu.vcpus(), exact_flags).map_err(failed)?;
         cache.init(&mut env);
@@ -114,7 +119,8 @@ impl Dbt {
             due: None,
             simd: Simd::default(),
             counted: false,
-            widths: [Width::Bits64; 3],
+            widths: [Width::Bits64; 2],
+            bases: false,
             executing,
         })
     }
@@ -142,7 +148,8 @@ impl Dbt {
         let status = cpu.flags & STATUS_FLAGS;
         self.env.flags = u64::from(status & OF != 0) | (status & 0xff) << 8;
         self.env.target = target;
-        let enter = self.cache.routines_of(cpu.mmu).enter;
+        self.env.wants_vectors = self.cache.has_vectors(cpu.mmu).into();
+        let enter = self.cache.routines.enter;
         // SAFETY: the routine follows this convention and keeps what must be kept; the code that it runs accesses only memory of
         // the vCPU's and, after a lookup, guest RAM.
         unsafe {
@@ -154,6 +161,11 @@ impl Dbt {
             std::hint::black_box(&raw mut *cpu);
         }
         set_status(cpu, self.env.flags);
+        // Code may have changed the privilege.
+        match cpu.segments[seg::SS as usize].dpl() == cpu.cpl {
+            true => cpu.update_privilege(),
+            false => cpu.update_mode(),
+        }
         self.env.exit as u32
     }
 
@@ -205,24 +217,70 @@ impl Dbt {
         }
     }
 
-    fn run_code(&mut self, cpu: &mut Cpu) -> Next {
-        let mmu = cpu.mmu;
-        let mode = Mode {
-            width: self.widths[mmu as usize],
-            mmu,
-            simd: match self.cache.has_vectors(mmu) {
+    /// Prepares for running from the current state; otherwise what is to be done instead.
+    fn ready(&mut self, cpu: &mut Cpu) -> Option<Next> {
+        // Ring 1 and 2 have ring 0's rights to memory, but not to instructions.
+        if matches!(cpu.cpl, 1 | 2) || !canonical(cpu.rip()) {
+            return Some(Next::Interpret);
+        }
+        let Some(width) = width(cpu) else {
+            return Some(Next::Interpret);
+        };
+        if cpu.tick_limit.is_some_and(|limit| cpu.ticks >= limit) {
+            return Some(Next::Attend);
+        }
+        if cpu.changes.any() {
+            self.apply_changes(cpu);
+        }
+        let simd = Simd {
+            sse: cpu.sse_usable(),
+            avx: cpu.avx_usable(),
+        };
+        let counted = cpu.tick_limit.is_some();
+        let bases = cpu.cr4 & cr4::FSGSBASE != 0;
+        if (counted, bases) != (self.counted, self.bases) {
+            // Code of one kind and the other must not meet.
+            (self.counted, self.bases) = (counted, bases);
+            self.cache.all_mappings_changed(&mut self.env);
+        }
+        if simd != self.simd {
+            self.simd = simd;
+            self.cache.clear(&mut self.env);
+        }
+        let user = usize::from(cpu.mmu == MmuIndex::User);
+        if width != self.widths[user] {
+            // Neither must these.
+            self.widths[user] = width;
+            self.env.narrow[user] = (width != Width::Bits64).into();
+            self.cache.all_mappings_changed(&mut self.env);
+        }
+        None
+    }
+
+    /// How code is translated now.
+    fn mode(&self, cpu: &Cpu) -> Mode {
+        Mode {
+            width: self.widths[usize::from(cpu.mmu == MmuIndex::User)],
+            mmu: cpu.mmu,
+            simd: match self.cache.has_vectors(cpu.mmu) {
                 true => self.simd,
                 false => Simd::default(),
             },
             counted: self.counted,
-        };
+            smap: cpu.cr4 & cr4::SMAP != 0,
+            bases: self.bases,
+        }
+    }
+
+    fn run_code(&mut self, cpu: &mut Cpu) -> Next {
         // As if by an indirect jump.
         let rip = cpu.rip();
         self.env.argument = rip;
-        let mut target = self.env.jumps[jump_slot(mmu, rip)];
+        let mut target = self.env.jumps[jump_slot(cpu.mmu, rip)];
         loop {
             self.drop_old_entries(cpu);
             let exit = self.enter(cpu, target);
+            let mode = self.mode(cpu);
             self.cache.counters.entries += 1;
             match exit {
                 exit::MISS => {
@@ -287,11 +345,19 @@ impl Dbt {
                     } => {
                         self.refund(rest);
                         self.cache.counters.interpreted[code as usize] += 1;
-                        if vector && !self.cache.has_vectors(mmu) {
+                        if vector && !self.cache.has_vectors(mode.mmu) {
                             self.note_vectors();
                         }
                         cpu.set_rip(rip);
-                        return Next::Interpret;
+                        if self.counted {
+                            return Next::Interpret;
+                        }
+                        if let Some(next) = cpu.interpret().or_else(|| self.ready(cpu)) {
+                            return next;
+                        }
+                        let rip = cpu.rip();
+                        self.env.argument = rip;
+                        target = self.env.jumps[jump_slot(cpu.mmu, rip)];
                     }
                     Site::Access {
                         rip,
@@ -347,40 +413,11 @@ impl Dbt {
 
 impl Translator for Dbt {
     fn run(&mut self, cpu: &mut Cpu) -> Next {
-        // Ring 1 and 2 have ring 0's rights to memory, but not to instructions.
-        if matches!(cpu.cpl, 1 | 2) || !canonical(cpu.rip()) {
-            return Next::Interpret;
-        }
-        let Some(width) = width(cpu) else {
-            return Next::Interpret;
-        };
-        if cpu.tick_limit.is_some_and(|limit| cpu.ticks >= limit) {
-            return Next::Attend;
-        }
-        if cpu.changes.any() {
-            self.apply_changes(cpu);
-        }
-        let simd = Simd {
-            sse: cpu.sse_usable(),
-            avx: cpu.avx_usable(),
-        };
-        let counted = cpu.tick_limit.is_some();
-        if counted != self.counted {
-            // Code that counts and code that does not must not meet.
-            self.counted = counted;
-            self.cache.all_mappings_changed(&mut self.env);
-        }
-        if simd != self.simd {
-            self.simd = simd;
-            self.cache.clear(&mut self.env);
-        }
-        if width != self.widths[cpu.mmu as usize] {
-            // Neither must these.
-            self.widths[cpu.mmu as usize] = width;
-            self.cache.all_mappings_changed(&mut self.env);
+        if let Some(next) = self.ready(cpu) {
+            return next;
         }
         let executing = Executing {
-            trap: self.cache.routines_of(cpu.mmu).trap,
+            trap: self.cache.routines.trap,
             ..self.executing
         };
         match traps::with(executing, || self.run_counted(cpu)) {

@@ -30,7 +30,7 @@ impl Block<'_> {
     }
 
     /// `reg &= mask` without touching a flag.
-    fn clear_bits(&mut self, mask: u32) {
+    pub fn clear_bits(&mut self, mask: u32) {
         self.code.pext(T, T, mask);
         self.code.pdep(T, T, mask);
     }

@@ -105,6 +105,10 @@ pub struct Mode {
     pub simd: Simd,
     /// Ticks are counted.
     pub counted: bool,
+    /// STAC and CLAC change what ring 0 may access.
+    pub smap: bool,
+    /// There are instructions for the bases of FS and GS.
+    pub bases: bool,
 }
 
 impl Mode {
@@ -306,7 +310,12 @@ impl<'a> Block<'a> {
             if insns[n].kind == Kind::SetInterrupts
                 && matches!(
                     next,
-                    None | Some(Kind::Interpret | Kind::Repeat { .. } | Kind::SetInterrupts)
+                    None | Some(
+                        Kind::Interpret
+                            | Kind::Repeat { .. }
+                            | Kind::SetInterrupts
+                            | Kind::SystemReturn
+                    )
                 )
             {
                 insns[n].kind = Kind::Interpret;
@@ -540,6 +549,12 @@ impl<'a> Block<'a> {
             Kind::ClearInterrupts => self.clear_interrupts(),
             Kind::SetInterrupts => self.set_interrupts(self.interpret(insn)),
             Kind::SwapGs => self.swap_gs(),
+            Kind::SystemCall => self.system_call(i, self.interpret(insn)),
+            Kind::SystemReturn => self.system_return(self.interpret(insn)),
+            Kind::SetAccess(on) => self.set_access(i, on),
+            Kind::BitMemory { size, write } => self.bit(insn, size, write)?,
+            Kind::ReadBase(segment) => self.read_base(i, segment),
+            Kind::WriteBase(segment) => self.write_base(i, segment, self.interpret(insn)),
             Kind::Repeat { log, moves } => {
                 if live != 0 {
                     self.save_flags();

@@ -5,6 +5,7 @@ use lodger_x86::bits::{cr0, cr4, msr};
 
 use crate::machine::*;
 
+const DB: u8 = 1;
 const UD: u8 = 6;
 const NP: u8 = 11;
 const GP: u8 = 13;
@@ -122,33 +123,98 @@ fn non_canonical_addresses() {
 
 #[test]
 fn syscall_and_sysret() {
+    // With and without AC, which the mask clears.
+    for ac in [0x4_0000, 0] {
+        let mut m = Machine::long(3);
+        // SYSRET: CS = base + 16, SS = base + 8. The GDT is not looked at.
+        m.state.msrs.star = 0x0013_0008_0000_0000;
+        m.state.msrs.lstar = CODE2;
+        m.state.msrs.sfmask = 0x4_0700;
+        m.state.rflags = ac | 0x202 | 1;
+        m.code(64, CODE, |a| {
+            a.syscall()?;
+            a.mov(r12d, cs)?;
+            a.mov(r13d, ss)?;
+            a.end()
+        });
+        m.code(64, CODE2, |a| {
+            a.mov(r8, rcx)?;
+            a.mov(r9, r11)?;
+            a.mov(r14d, cs)?;
+            a.mov(r15d, ss)?;
+            a.pushfq()?;
+            a.pop(rbx)?;
+            a.sysretq()
+        });
+        let stack = m.expect(END);
+        let g = &m.state.gpr;
+        assert_eq!([g[8], g[9]], [CODE + 2, ac | 0x203]);
+        assert_eq!([g[14], g[15], g[3]], [0x08, 0x10, 3], "flags are masked");
+        assert_eq!([g[12], g[13]], [0x23, 0x1b]);
+        assert_eq!(stack[2] & 0x4_0203, ac | 0x203, "and restored");
+    }
+}
+
+#[test]
+fn a_system_call_keeps_the_vector_registers_and_may_return_to_other_flags() {
     let mut m = Machine::long(3);
-    // SYSRET: CS = base + 16, SS = base + 8. The GDT is not looked at.
+    m.state.cr4 |= cr4::OSFXSR;
     m.state.msrs.star = 0x0013_0008_0000_0000;
     m.state.msrs.lstar = CODE2;
     m.state.msrs.sfmask = 0x4_0700;
-    m.state.rflags = 0x4_0202 | 1;
+    m.state.rflags = 0x202;
+    for n in 0..16 {
+        m.state.fpu.ymm[n] = [n as u8 + 1; 32];
+    }
+    let before = m.state.fpu.clone();
     m.code(64, CODE, |a| {
+        a.mov(ebx, 3)?;
+        let mut again = a.create_label();
+        a.set_label(&mut again)?;
+        a.movd(eax, xmm3)?;
         a.syscall()?;
-        a.mov(r12d, cs)?;
-        a.mov(r13d, ss)?;
+        // The flags that the system call returned.
+        a.pushfq()?;
+        a.pop(r9)?;
+        a.movd(r8d, xmm3)?;
+        a.sub(r8d, eax)?;
+        a.or(r12, r8)?;
+        a.dec(ebx)?;
+        a.jnz(again)?;
         a.end()
     });
     m.code(64, CODE2, |a| {
-        a.mov(r8, rcx)?;
-        a.mov(r9, r11)?;
-        a.mov(r14d, cs)?;
-        a.mov(r15d, ss)?;
-        a.pushfq()?;
-        a.pop(rbx)?;
+        // What translated code leaves to others.
+        a.mov(r8, cr2)?;
+        a.mov(dword_ptr(DATA), ebx)?;
+        a.or(r11d, 0xc95)?; // DF and OF among them
         a.sysretq()
     });
-    let stack = m.expect(END);
+    m.expect(END);
     let g = &m.state.gpr;
-    assert_eq!([g[8], g[9]], [CODE + 2, 0x4_0203]);
-    assert_eq!([g[14], g[15], g[3]], [0x08, 0x10, 3], "flags are masked");
-    assert_eq!([g[12], g[13]], [0x23, 0x1b]);
-    assert_eq!(stack[2] & 0x4_0203, 0x4_0203, "and restored");
+    assert_eq!((g[12], g[9] & 0xfff), (0, 0xe97));
+    assert_eq!(m.state.fpu.ymm, before.ymm);
+    assert_eq!(m.get32(DATA), 1);
+}
+
+#[test]
+fn returns_that_are_not_plain() {
+    let mut m = Machine::long(0);
+    m.state.msrs.star = 0x0013_0008_0000_0000;
+    m.state.gpr[1] = 1 << 47;
+    m.state.gpr[11] = 0x202;
+    m.memory.write(CODE, &[0x48, 0x0f, 0x07]).unwrap();
+    // SYSRET to an address that is not canonical faults there, in user mode.
+    let stack = m.expect(GP);
+    assert_eq!((stack[1], stack[2]), (1 << 47, 0x23));
+    // With TF, a trap follows the first instruction of user code.
+    let mut m = Machine::long(0);
+    m.state.msrs.star = 0x0013_0008_0000_0000;
+    m.state.gpr[1] = CODE2;
+    m.state.gpr[11] = 0x302;
+    m.memory.write(CODE, &[0x48, 0x0f, 0x07]).unwrap();
+    m.memory.write(CODE2, &[0x90, 0x90]).unwrap();
+    assert_eq!(m.expect(DB)[0], CODE2 + 1);
 }
 
 #[test]
