@@ -48,6 +48,9 @@ case $drivers in
 	;;
 esac
 
+# The power button, by which the host asks for an end. Nobody waits for it.
+(modprobe -a button evdev && acpid -l /dev/null -p /run/acpid.pid) >/dev/null 2>&1 &
+
 read -r cmdline </proc/cmdline
 case $cmdline in
 *'lodger.run="'*)

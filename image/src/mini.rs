@@ -22,8 +22,8 @@ use crate::tree::Tree;
 
 pub(crate) const DESCRIPTION: &str = "Debian cloud kernel and busybox, in memory";
 
-/// Drivers of the virtio devices that `init.sh` knows, and the file system of
-/// most disks. Those that a kernel has built in count as well.
+/// Drivers of the virtio devices that `init.sh` knows, the file system of most
+/// disks, and the power button as an input device. Those that a kernel has built in count as well.
 const MODULES: &[&str] = &[
     "virtio_pci",
     "virtio_blk",
@@ -31,6 +31,8 @@ const MODULES: &[&str] = &[
     "virtio_net",
     "virtio_rng",
     "ext4",
+    "button",
+    "evdev",
 ];
 
 /// Each console byte is an exit, and there are many of them without `quiet`. The
@@ -41,6 +43,7 @@ const APPEND: &str = "console=ttyS0 quiet cryptomgr.notests";
 const INIT: &str = include_str!("init.sh");
 /// Called by busybox's DHCP client.
 const UDHCPC: &str = include_str!("udhcpc.sh");
+const POWER: &str = include_str!("power.sh");
 const PROFILE: &str = "PS1='mini:\\w# '\n";
 
 const KERNEL_FILE: &str = "vmlinuz";
@@ -109,6 +112,8 @@ fn initrd(kernel: &Kernel, busybox: Vec<u8>) -> Result<Tree> {
 
     tree.file("init", 0o755, INIT.into());
     tree.file("etc/udhcpc/default.script", 0o755, UDHCPC.into());
+    // Named by the event and its value.
+    tree.file("etc/acpi/PWRF/00000080", 0o755, POWER.into());
     tree.file("etc/group", 0o644, "root:x:0:\n".into());
     tree.file("etc/passwd", 0o644, "root::0:0:root:/root:/bin/sh\n".into());
     tree.file("etc/profile", 0o644, PROFILE.into());
@@ -140,7 +145,7 @@ mod tests {
 
     #[test]
     fn scripts_are_shell_scripts() {
-        for script in [INIT, UDHCPC] {
+        for script in [INIT, UDHCPC, POWER] {
             let mut shell = Command::new("sh")
                 .arg("-n")
                 .stdin(Stdio::piped())

@@ -102,6 +102,32 @@ impl Attached {
     }
 }
 
+/// What is shown again must not ask the terminal anything: the guest does not expect the answer any more. Questions are
+/// control sequences that end with `n` or `c` (ECMA-48: DSR, DA).
+fn without_queries(line: &[u8]) -> Vec<u8> {
+    let mut shown = Vec::new();
+    let mut rest = line;
+    while let Some(start) = rest.windows(2).position(|two| two == b"\x1b[") {
+        let (text, sequence) = rest.split_at(start);
+        shown.extend(text);
+        // Parameters, then the final byte.
+        let end = sequence[2..]
+            .iter()
+            .position(|byte| (0x40..0x7f).contains(byte));
+        let Some(end) = end.map(|end| end + 3) else {
+            // Not all of it has come yet.
+            rest = sequence;
+            break;
+        };
+        if !matches!(sequence[end - 1], b'n' | b'c') {
+            shown.extend(&sequence[..end]);
+        }
+        rest = &sequence[end..];
+    }
+    shown.extend(rest);
+    shown
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic elsewhere leaves bytes too many or too few at worst.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -154,7 +180,7 @@ impl SharedConsole {
     pub fn attach(&self) -> Arc<Attached> {
         let mut shown = lock(&self.output);
         let terminal = Arc::new(Attached::default());
-        terminal.push(&shown.line);
+        terminal.push(&without_queries(&shown.line));
         match shown.closed {
             true => terminal.close(),
             false => shown.attached.push(Arc::clone(&terminal)),
@@ -297,6 +323,19 @@ mod tests {
         assert_eq!(all(first), "login: x\n");
         assert_eq!(all(second), "login: x\n");
         assert_eq!(all(console.attach()), "");
+    }
+
+    #[test]
+    fn nothing_is_asked_again() {
+        for (line, shown) in [
+            ("mini:/# \x1b[6n", "mini:/# "),
+            ("\x1b[?2004h$ \x1b[0;1mx\x1b[>c", "\x1b[?2004h$ \x1b[0;1mx"),
+            ("\x1b[6n\x1b[6nx\x1b[6", "x\x1b[6"),
+            ("plain", "plain"),
+        ] {
+            let found = without_queries(line.as_bytes());
+            assert_eq!(String::from_utf8(found).unwrap(), shown);
+        }
     }
 
     #[test]

@@ -21,6 +21,13 @@ pub enum Request {
     Kill,
     /// Press the power button and no more. Answer: [`Answer::Done`], or an error if the guest does not listen to it.
     PowerButton,
+    /// The terminal at the console has this size now; for machines whose console carries that. Answer: [`Answer::Done`].
+    Resize {
+        /// Columns.
+        columns: u16,
+        /// Rows.
+        rows: u16,
+    },
     /// Stop the vCPUs and guest time. Answer: [`Answer::Done`].
     Pause,
     /// Let them go on. Answer: [`Answer::Done`].

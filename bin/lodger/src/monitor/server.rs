@@ -194,6 +194,13 @@ fn answer(request: &Request, shared: &Arc<Shared>) -> Answer {
             let heard = shared.press_power_button() == Some(true);
             done(heard, "the guest does not listen to the power button")
         }
+        Request::Resize { columns, rows } => {
+            let resized = shared.resize(*columns, *rows);
+            done(
+                resized,
+                "its console is a serial line, which does not carry a size",
+            )
+        }
         Request::Pause => done(shared.pause(true), "it does not run"),
         Request::Resume => done(shared.pause(false), "it is not paused"),
         Request::Wait => Answer::Ended(shared.wait_for_end()),

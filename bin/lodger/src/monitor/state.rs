@@ -13,8 +13,10 @@ use crate::{messages, status};
 /// How long a VM may take to stop once it is told to. It takes longer only if the host does not answer, a
 /// dead network disk for example.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// The time between two looks whether the guest listens to the power button by now.
+/// The time between two presses of a power button to which the guest does not listen yet; and when its kernel does, but
+/// perhaps nobody else.
 const PRESS_AGAIN: Duration = Duration::from_millis(100);
+const REMIND: Duration = Duration::from_secs(2);
 
 /// See the module documentation.
 pub struct Shared {
@@ -190,6 +192,16 @@ impl Shared {
         self.vm().map(|vm| vm.machine.press_power_button())
     }
 
+    /// Tells the guest the size of its terminal; false: it has no console that carries it.
+    pub fn resize(&self, columns: u16, rows: u16) -> bool {
+        let vm = self.vm();
+        let console = vm.as_ref().and_then(|vm| vm.machine.console());
+        console
+            .iter()
+            .for_each(|console| console.resize(columns, rows));
+        console.is_some()
+    }
+
     /// Stops or resumes the vCPUs; false: it is so already.
     pub fn pause(&self, pause: bool) -> bool {
         self.change(|state| {
@@ -254,13 +266,10 @@ impl Shared {
         });
         let mut heard = false;
         loop {
-            // A guest that is still booting may listen later. One press that is heard is enough.
-            heard = heard || self.press_power_button() == Some(true);
-            let again = Instant::now() + PRESS_AGAIN;
-            let next = match heard {
-                true => deadline,
-                false => Some(deadline.map_or(again, |deadline| deadline.min(again))),
-            };
+            // A guest that is still booting may listen later.
+            heard = self.press_power_button() == Some(true) || heard;
+            let again = Instant::now() + if heard { REMIND } else { PRESS_AGAIN };
+            let next = Some(deadline.map_or(again, |deadline| deadline.min(again)));
             if let Some(ending) = self.wait(next, |state| state.ending.clone()) {
                 let how = match self.lock().asked {
                     Some(Asked::Now(_)) => Stopped::Killed,

@@ -43,13 +43,7 @@ impl Terminal {
             Notice::Quit => asked.end_now(status::POWERED_OFF),
             Notice::Signal(number) if asked.is_attended() => asked.end_now(status::signal(number)),
             Notice::Signal(number) => signal_in_background(&asked, number),
-            Notice::Resized { columns, rows } => {
-                if let Some(vm) = asked.vm()
-                    && let Some(console) = vm.machine.console()
-                {
-                    console.resize(columns, rows);
-                }
-            }
+            Notice::Resized { columns, rows } => drop(asked.resize(columns, rows)),
         };
         let escape = interactive.then(Escape::default);
         let input = Input::start(console.clone(), caught, escape, notice);

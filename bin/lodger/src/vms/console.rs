@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use lodger_char::{Escape, Input, Notice, Output, RawMode};
 use lodger_clock::InputPort;
+use lodger_control::{Client, Request};
 use lodger_host_sys::signals::{self, Signals};
-use lodger_store::Store;
+use lodger_store::{Store, Vm};
 
 use super::{connect, refused};
 use crate::cli::ConsoleArgs;
@@ -32,6 +33,18 @@ impl InputPort for Typed {
 /// How the user left; what is never a status.
 const NOT_LEFT: u8 = u8::MAX;
 
+/// Tells the guest how large this terminal is, if its console carries that: a serial line does not.
+fn tell_size(vm: &Vm, columns: u16, rows: u16) {
+    let Some(life) = &vm.life else {
+        return;
+    };
+    let request = Request::Resize { columns, rows };
+    let told = Client::connect(&life.socket).and_then(|mut client| client.ask(&request));
+    if let Err(error) = told {
+        tracing::debug!("{error}");
+    }
+}
+
 /// Shows the console until the user leaves or the machine ends.
 pub fn console(args: &ConsoleArgs, quiet: bool) -> Result<ExitCode, Error> {
     let store = Store::open()?;
@@ -43,6 +56,7 @@ pub fn console(args: &ConsoleArgs, quiet: bool) -> Result<ExitCode, Error> {
         signals::INTERRUPT,
         signals::QUIT,
         signals::TERMINATE,
+        signals::WINDOW_CHANGED,
     ])
     .map_err(host_error("cannot catch signals"))?;
     let interactive = lodger_char::is_interactive();
@@ -72,12 +86,15 @@ pub fn console(args: &ConsoleArgs, quiet: bool) -> Result<ExitCode, Error> {
             let _ = stream.shutdown(Shutdown::Both);
         }
     };
+    if let Some((columns, rows)) = lodger_char::window_size().filter(|_| interactive) {
+        tell_size(&vm, columns, rows);
+    }
+    let resized = vm.clone();
     let notice = move |notice| match notice {
         Notice::Help => messages::say(Escape::HELP_ATTACHED),
         Notice::Quit => leave(status::POWERED_OFF),
         Notice::Signal(number) => leave(status::signal(number)),
-        // A serial line does not carry it.
-        Notice::Resized { .. } => {}
+        Notice::Resized { columns, rows } => tell_size(&resized, columns, rows),
     };
     let escape = interactive.then(Escape::attached);
     let input = Input::start(Arc::new(Typed(clone()?)), caught, escape, notice);

@@ -1,0 +1,5 @@
+#!/bin/sh
+# Called by busybox's acpid when the power button is pressed.
+sync
+umount -a -r
+poweroff -f
