@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::spec::Restart;
 pub use vms::{
-    ConsoleArgs, DownArgs, FileArgs, Keeping, Label, LogsArgs, ManArgs, PsArgs, RmArgs, StopArgs,
-    UpArgs, Vms,
+    ConsoleArgs, DownArgs, FileArgs, Keeping, Label, LogsArgs, ManArgs, PsArgs, RmArgs, SetArgs,
+    StopArgs, UpArgs, Vms,
 };
 
 use crate::disk::DiskCommand;
@@ -97,6 +97,17 @@ pub enum Command {
     /// Let paused virtual machines go on
     #[command(alias = "resume")]
     Unpause(Vms),
+    /// Give a stopped virtual machine another name
+    Rename {
+        /// Name, or beginning of an id
+        #[arg(value_name = "VM")]
+        vm: String,
+        /// The new name
+        #[arg(value_name = "NAME")]
+        name: lodger_store::Name,
+    },
+    /// Change what a stopped virtual machine will have at its next start
+    Set(SetArgs),
     /// Remove stopped virtual machines and their disks
     Rm(RmArgs),
     /// Wait for virtual machines to end, and print their exit statuses

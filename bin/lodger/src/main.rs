@@ -47,6 +47,8 @@ fn main() -> ExitCode {
         Command::Kill(vms) => vms::kill(&vms),
         Command::Pause(vms) => vms::pause(&vms, true),
         Command::Unpause(vms) => vms::pause(&vms, false),
+        Command::Rename { vm, name } => vms::rename(&vm, &name),
+        Command::Set(args) => vms::set(&args),
         Command::Rm(args) => vms::remove(&args),
         Command::Wait(vms) => vms::wait(&vms),
         Command::Logs(args) => vms::logs(&args),

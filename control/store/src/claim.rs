@@ -148,7 +148,11 @@ impl Claim {
         let id = crate::new_id().map_err(at(&self.dir))?;
         let gone = self.dir.with_file_name(format!("{REMOVED}{id}"));
         fs::rename(&self.dir, &gone).map_err(at(&self.dir))?;
-        fs::remove_dir_all(&gone).map_err(at(&gone))
+        match fs::remove_dir_all(&gone) {
+            // Somebody who looked around has taken the rest away.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => result.map_err(at(&gone)),
+        }
     }
 
     /// Gives the VM another name, NAME-1 or the next that is free, so that its name is free for a new one.
@@ -157,19 +161,34 @@ impl Claim {
             let Ok(name) = format!("{}-{number}", self.name).parse::<Name>() else {
                 break;
             };
-            let path = self.dir.with_file_name(name.as_str());
-            // An empty directory is the only thing that rename(2) replaces by a directory.
-            match fs::DirBuilder::new().mode(0o700).create(&path) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
-                Err(error) => return Err(at(&path)(error)),
+            if self.move_to(&name)? {
+                return Ok(name);
             }
-            return match fs::rename(&self.dir, &path) {
-                Ok(()) => Ok(name),
-                Err(error) => Err(at(&path)(error)),
-            };
         }
         Err(StoreError::InUse(self.name))
+    }
+
+    /// Gives the VM this name.
+    pub fn rename(self, name: &Name) -> Result<(), StoreError> {
+        match self.move_to(name)? {
+            true => Ok(()),
+            false => Err(StoreError::Taken(name.clone())),
+        }
+    }
+
+    /// Renames the directory; false: the name is taken.
+    fn move_to(&self, name: &Name) -> Result<bool, StoreError> {
+        let path = self.dir.with_file_name(name.as_str());
+        // An empty directory is the only thing that rename(2) replaces by a directory.
+        match fs::DirBuilder::new().mode(0o700).create(&path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(false),
+            Err(error) => return Err(at(&path)(error)),
+        }
+        match fs::rename(&self.dir, &path) {
+            Ok(()) => Ok(true),
+            Err(error) => Err(at(&path)(error)),
+        }
     }
 }
 

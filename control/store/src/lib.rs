@@ -7,6 +7,7 @@
 //!     state.json     its life: the monitor's process, its socket, how the last run ended
 //!     console.log    what the guest printed; console.log.1 and so on are older
 //!     monitor.log    what the monitor said
+//!     control.sock   where its monitor listens, too
 //!     ...            what belongs to it: a root disk, a kernel
 //! ```
 //!
@@ -24,7 +25,7 @@ mod record;
 
 pub use claim::Claim;
 pub use name::{Name, NameError, new_id};
-pub use place::{Store, socket};
+pub use place::{Store, sockets};
 pub use record::{Life, Record, State, Vm};
 
 use std::io;
@@ -32,6 +33,8 @@ use std::path::{Path, PathBuf};
 
 /// The console's log in a VM's directory.
 pub const CONSOLE_LOG: &str = "console.log";
+/// The monitor's socket in a VM's directory.
+pub(crate) const SOCKET: &str = "control.sock";
 /// The monitor's messages in a VM's directory.
 pub const MONITOR_LOG: &str = "monitor.log";
 
@@ -68,6 +71,9 @@ pub enum StoreError {
     /// Somebody owns the VM: it is running, or about to.
     #[error("a VM named {0} is running; `lodger stop {0}` ends it")]
     InUse(Name),
+    /// Another VM has the name.
+    #[error("there is a VM named {0} already")]
+    Taken(Name),
     /// There is no such VM.
     #[error("there is no VM {0}; `lodger ps --all` lists them")]
     Unknown(String),

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::claim::{Claim, REMOVED};
 use crate::record::{State, Vm};
-use crate::{Name, StoreError, at};
+use crate::{Name, SOCKET, StoreError, at};
 
 /// A user's VMs.
 #[derive(Debug, Clone)]
@@ -123,22 +123,25 @@ impl Store {
     }
 }
 
-/// Where the monitor of the VM with this id and directory listens: in the user's runtime directory if there is one, else in
-/// the VM's own. Either is closed to other users.
-pub fn socket(id: &str, dir: &Path) -> PathBuf {
+/// Where the monitor of the VM with this id and directory listens, the best place first: in the user's runtime directory if
+/// there is one, and in the VM's own, because the runtime directory may go with the user's session. Both are closed to other
+/// users.
+pub fn sockets(id: &str, dir: &Path) -> Vec<PathBuf> {
     let runtime = env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
     let ours = |path: &PathBuf| {
         let owner = path.metadata().map(|found| found.uid());
         path.is_absolute() && owner.is_ok_and(|uid| uid == rustix::process::geteuid().as_raw())
     };
+    let mut paths = Vec::new();
     if let Some(runtime) = runtime.filter(ours) {
         let sockets = runtime.join("lodger");
         match make_dir(&sockets) {
-            Ok(()) => return sockets.join(format!("{id}.sock")),
-            Err(error) => tracing::info!("{error}; the socket is in the VM's directory"),
+            Ok(()) => paths.push(sockets.join(format!("{id}.sock"))),
+            Err(error) => tracing::info!("{error}; the socket is in the VM's directory only"),
         }
     }
-    dir.join("control.sock")
+    paths.push(dir.join(SOCKET));
+    paths
 }
 
 /// Makes a directory, and those above it, for this user alone.

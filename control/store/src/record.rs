@@ -149,6 +149,12 @@ impl Vm {
         }))
     }
 
+    /// Where its monitor listens, if it runs.
+    pub fn sockets(&self) -> Vec<PathBuf> {
+        let told = self.life.iter().map(|life| life.socket.clone());
+        told.chain([self.dir.join(crate::SOCKET)]).collect()
+    }
+
     /// Whether a process owns it.
     pub fn is_alive(&self) -> bool {
         matches!(self.state, State::Starting | State::Running)

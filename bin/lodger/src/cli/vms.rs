@@ -6,6 +6,9 @@ use std::str::FromStr;
 use clap::Args;
 use lodger_store::Name;
 
+use super::{EngineChoice, parse_size};
+use crate::spec::Restart;
+
 /// Whether and how a VM is kept; of `lodger run`.
 #[derive(Debug, Args)]
 pub struct Keeping {
@@ -96,6 +99,33 @@ pub struct StopArgs {
     /// Seconds that a guest has to power off
     #[arg(short, long, value_name = "SECONDS", default_value_t = 10)]
     pub time: u32,
+}
+
+/// `lodger set`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  lodger stop web && lodger set web --memory 2G --cpus 4 && lodger start web
+  lodger set web --restart always --label role=front")]
+pub struct SetArgs {
+    /// Name, or beginning of an id
+    #[arg(value_name = "VM")]
+    pub vm: String,
+    /// RAM, as of `lodger run`
+    #[arg(short, long, value_name = "SIZE", value_parser = parse_size)]
+    pub memory: Option<u64>,
+    /// Number of virtual CPUs
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub cpus: Option<u32>,
+    /// What runs the virtual CPUs
+    #[arg(long, value_enum)]
+    pub engine: Option<EngineChoice>,
+    /// When to start the machine again after it has ended
+    #[arg(long, value_name = "POLICY")]
+    pub restart: Option<Restart>,
+    /// Write something on the machine (repeatable)
+    #[arg(short, long = "label", value_name = "KEY[=VALUE]")]
+    pub labels: Vec<Label>,
 }
 
 /// `lodger rm`.

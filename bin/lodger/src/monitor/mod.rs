@@ -185,13 +185,10 @@ impl Monitor {
         let mut server = None;
         let mut life = None;
         if let Some(claim) = &claim {
-            let path = lodger_store::socket(id, claim.dir());
-            let started = Server::start(&path, &shared, &console);
-            server = Some(started.map_err(|error| Error::File {
-                path: path.clone(),
-                what: format!("cannot listen there: {error}"),
-            })?);
-            life = Some(Life::begin(path, ""));
+            let places = lodger_store::sockets(id, claim.dir());
+            let started = Server::start(places, &shared, &console)?;
+            life = Some(Life::begin(started.path(), ""));
+            server = Some(started);
         }
         Ok(Monitor {
             spec,

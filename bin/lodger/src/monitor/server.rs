@@ -11,7 +11,7 @@ use lodger_char::SharedConsole;
 use lodger_control::{Answer, ErrorKind, Request, Stopped, WireError, read_request, write_answer};
 
 use super::state::Shared;
-use crate::status;
+use crate::status::{self, Error};
 
 /// Connections at once.
 const CONNECTIONS: usize = 64;
@@ -20,7 +20,8 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// The server. Its end is that of the process.
 pub struct Server {
-    path: PathBuf,
+    /// Where it listens.
+    paths: Vec<PathBuf>,
     /// What is yet to be answered, and the consoles.
     owed: Arc<Counter>,
 }
@@ -66,54 +67,47 @@ impl Counter {
 }
 
 impl Server {
-    /// Answers at `path` from now on.
+    /// Answers from now on at those of the places where that works, which must be one at least.
     pub fn start(
-        path: &Path,
+        places: Vec<PathBuf>,
         shared: &Arc<Shared>,
         console: &Arc<SharedConsole>,
-    ) -> io::Result<Server> {
-        let listener = lodger_control::listen(path)?;
-        let (connections, owed) = (Arc::new(Counter::default()), Arc::new(Counter::default()));
+    ) -> Result<Server, Error> {
+        let owed = Arc::new(Counter::default());
         let served = Served {
             shared: Arc::clone(shared),
             console: Arc::clone(console),
+            connections: Arc::default(),
             owed: Arc::clone(&owed),
         };
-        let accept = move || {
-            for stream in listener.incoming() {
-                let Ok(stream) = stream else {
-                    // No descriptors left, for example.
-                    std::thread::sleep(Duration::from_millis(100));
-                    continue;
-                };
-                let Some(counted) = connections.one_of(CONNECTIONS) else {
-                    refuse_busy(stream);
-                    continue;
-                };
-                let served = served.clone();
-                let serve = move || {
-                    let _counted = counted;
-                    served.serve(&stream);
-                };
-                // Without a thread the connection is closed.
-                let _ = std::thread::Builder::new()
-                    .name("control".into())
-                    .spawn(serve);
+        let mut paths = Vec::new();
+        let mut problem = None;
+        for path in places {
+            match served.clone().listen(&path) {
+                Ok(()) => paths.push(path),
+                Err(error) => {
+                    let what = format!("cannot listen there: {error}");
+                    problem = Some(Error::File { path, what });
+                }
             }
-        };
-        std::thread::Builder::new()
-            .name("server".into())
-            .spawn(accept)?;
-        Ok(Server {
-            path: path.into(),
-            owed,
-        })
+        }
+        match (paths.is_empty(), problem) {
+            (true, Some(problem)) => Err(problem),
+            _ => Ok(Server { paths, owed }),
+        }
     }
 
-    /// Takes the socket away: another monitor may listen there next.
+    /// The best place where it listens.
+    pub fn path(&self) -> PathBuf {
+        self.paths.first().cloned().unwrap_or_default()
+    }
+
+    /// Takes the sockets away: another monitor may listen there next.
     pub fn unlink(&self) {
-        // Somebody may have cleared the runtime directory.
-        let _ = std::fs::remove_file(&self.path);
+        for path in &self.paths {
+            // Somebody may have cleared the runtime directory.
+            let _ = std::fs::remove_file(path);
+        }
     }
 
     /// Lets the answers to the VM's end get out.
@@ -139,10 +133,42 @@ fn error(kind: ErrorKind, message: impl ToString) -> Answer {
 struct Served {
     shared: Arc<Shared>,
     console: Arc<SharedConsole>,
+    connections: Arc<Counter>,
     owed: Arc<Counter>,
 }
 
 impl Served {
+    /// Starts the thread that takes connections at `path`.
+    fn listen(self, path: &Path) -> io::Result<()> {
+        let listener = lodger_control::listen(path)?;
+        let accept = move || {
+            for stream in listener.incoming() {
+                let Ok(stream) = stream else {
+                    // No descriptors left, for example.
+                    std::thread::sleep(Duration::from_millis(100));
+                    continue;
+                };
+                let Some(counted) = self.connections.one_of(CONNECTIONS) else {
+                    refuse_busy(stream);
+                    continue;
+                };
+                let served = self.clone();
+                let serve = move || {
+                    let _counted = counted;
+                    served.serve(&stream);
+                };
+                // Without a thread the connection is closed.
+                let _ = std::thread::Builder::new()
+                    .name("control".into())
+                    .spawn(serve);
+            }
+        };
+        std::thread::Builder::new()
+            .name("server".into())
+            .spawn(accept)
+            .map(drop)
+    }
+
     /// Answers on a connection until it ends.
     fn serve(&self, stream: &UnixStream) {
         let mut writer = stream;

@@ -9,11 +9,11 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use lodger_char::{Escape, Input, Notice, Output, RawMode};
 use lodger_clock::InputPort;
-use lodger_control::{Client, Request};
+use lodger_control::Request;
 use lodger_host_sys::signals::{self, Signals};
 use lodger_store::{Store, Vm};
 
-use super::{connect, refused};
+use super::{connect, dial, refused};
 use crate::cli::ConsoleArgs;
 use crate::messages;
 use crate::status::{self, Error, host_error};
@@ -35,11 +35,8 @@ const NOT_LEFT: u8 = u8::MAX;
 
 /// Tells the guest how large this terminal is, if its console carries that: a serial line does not.
 fn tell_size(vm: &Vm, columns: u16, rows: u16) {
-    let Some(life) = &vm.life else {
-        return;
-    };
     let request = Request::Resize { columns, rows };
-    let told = Client::connect(&life.socket).and_then(|mut client| client.ask(&request));
+    let told = dial(vm).and_then(|mut client| client.ask(&request));
     if let Err(error) = told {
         tracing::debug!("{error}");
     }

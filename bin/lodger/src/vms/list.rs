@@ -3,12 +3,12 @@
 use std::process::ExitCode;
 
 use lodger_board::MachineSpec;
-use lodger_control::{Answer, Client, Phase, Request, Status};
+use lodger_control::{Answer, Phase, Request, Status};
 use lodger_store::{State, Store, Vm};
 use lodger_virtio_devices::NetworkSpec;
 use serde_json::{Value, json};
 
-use super::ended;
+use super::{dial, ended};
 use crate::cli::{Label, PsArgs, Vms};
 use crate::messages;
 use crate::spec::VmSpec;
@@ -23,9 +23,9 @@ struct Seen {
 
 impl Seen {
     fn look(vm: Vm) -> Seen {
-        let running = vm.life.as_ref().filter(|_| vm.state == State::Running);
-        let status = running.and_then(|life| {
-            let mut client = Client::connect(&life.socket).ok()?;
+        let running = Some(&vm).filter(|vm| vm.state == State::Running);
+        let status = running.and_then(|vm| {
+            let mut client = dial(vm).ok()?;
             match client.ask(&Request::Status).ok()? {
                 Answer::Status(status) => Some(status),
                 _ => None,

@@ -5,6 +5,7 @@ mod console;
 mod files;
 mod list;
 mod logs;
+mod set;
 mod stop;
 mod up;
 
@@ -18,6 +19,7 @@ pub use console::console;
 pub use files::{absolute, keep, make_absolute, resolve, root_disk};
 pub use list::{inspect, ps};
 pub use logs::logs;
+pub use set::{rename, set};
 pub use stop::{kill, pause, remove, restart, stop, wait};
 pub use up::{down, up};
 
@@ -135,13 +137,13 @@ fn connect(store: &Store, text: &str) -> Result<(Vm, Client), Error> {
     let deadline = Instant::now() + SOON;
     loop {
         let vm = store.find(text)?;
-        let not_now = match (vm.state, &vm.life) {
-            (State::Running, Some(life)) => match Client::connect(&life.socket) {
+        let not_now = match vm.state {
+            State::Running => match dial(&vm) {
                 Ok(client) => return Ok((vm, client)),
                 Err(error) => named(&vm.name, error),
             },
             // It will say in a moment where it listens.
-            (State::Starting, _) => named(&vm.name, "it is about to start"),
+            State::Starting => named(&vm.name, "it is about to start"),
             _ => return Err(named(&vm.name, "it does not run")),
         };
         if Instant::now() >= deadline || vm.state == State::Running && !store.find(text)?.is_alive()
@@ -150,6 +152,18 @@ fn connect(store: &Store, text: &str) -> Result<(Vm, Client), Error> {
         }
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// Connects to the VM's monitor, at whichever of its sockets is there.
+fn dial(vm: &Vm) -> Result<Client, ClientError> {
+    let mut result = Err(ClientError::Gone);
+    for socket in vm.sockets() {
+        result = Client::connect(&socket);
+        if result.is_ok() {
+            break;
+        }
+    }
+    result
 }
 
 /// Asks the VM's monitor.

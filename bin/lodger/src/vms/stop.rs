@@ -15,6 +15,9 @@ use crate::status::Error;
 /// How long a killed process may take to go.
 const GOING: Duration = Duration::from_secs(10);
 
+/// How long the lock of a monitor that has closed its socket may be seen.
+const ENDING: Duration = Duration::from_secs(1);
+
 /// `lodger stop`.
 pub fn stop(args: &StopArgs, quiet: bool) -> Result<ExitCode, Error> {
     each(&args.vms, |store, text| {
@@ -41,9 +44,13 @@ pub fn restart(args: &StopArgs, verbose: u8, quiet: bool) -> Result<ExitCode, Er
 /// Stops a running VM, and says what happened.
 pub(super) fn stop_one(store: &Store, text: &str, seconds: u32, quiet: bool) -> Result<(), Error> {
     let begun = Instant::now();
-    let (name, answer) = ask(store, text, &Request::Stop { seconds })?;
-    let Answer::Stopped { how, ending } = answer else {
-        return Err(unexpected(&name));
+    let vm = store.find(text)?;
+    let name = &vm.name;
+    let (how, ending) = match ask_to_the_end(store, &vm, &Request::Stop { seconds })? {
+        Some(Answer::Stopped { how, ending }) => (how, ending),
+        Some(_) => return Err(unexpected(name)),
+        // It has ended meanwhile.
+        None => return Ok(()),
     };
     if !quiet {
         let took = begun.elapsed().as_secs_f32();
@@ -75,7 +82,7 @@ pub fn kill(vms: &Vms) -> Result<ExitCode, Error> {
 
 /// Ends a running VM: through its monitor, or if that does not answer together with it.
 fn kill_one(store: &Store, vm: &Vm) -> Result<(), Error> {
-    let Err(error) = ask(store, &vm.record.id, &Request::Kill) else {
+    let Err(error) = ask_to_the_end(store, vm, &Request::Kill) else {
         return Ok(());
     };
     let now = store.find(&vm.record.id)?;
@@ -128,14 +135,18 @@ pub(super) fn remove_one(store: &Store, text: &str, force: bool) -> Result<Name,
 /// `lodger wait`.
 pub fn wait(vms: &Vms) -> Result<ExitCode, Error> {
     each(vms, |store, text| {
-        let vm = store.find(text)?;
-        let ending = match (vm.is_alive(), vm.life.and_then(|life| life.ending)) {
-            (true, _) => match ask(store, text, &Request::Wait)? {
-                (_, Answer::Ended(ending)) => ending,
-                (name, _) => return Err(unexpected(&name)),
-            },
-            (false, Some(ending)) => ending,
-            (false, None) => {
+        let mut vm = store.find(text)?;
+        let mut ended = None;
+        if vm.is_alive() {
+            match ask_to_the_end(store, &vm, &Request::Wait)? {
+                Some(Answer::Ended(ending)) => ended = Some(ending),
+                Some(_) => return Err(unexpected(&vm.name)),
+                None => vm = store.find(&vm.record.id)?,
+            }
+        }
+        let ending = match ended.or(vm.life.and_then(|life| life.ending)) {
+            Some(ending) => ending,
+            None => {
                 return Err(named(
                     &vm.name,
                     "its monitor has died: its status is not known",
@@ -156,6 +167,22 @@ pub fn pause(vms: &Vms, pause: bool) -> Result<ExitCode, Error> {
         let (name, _) = ask(store, text, &request)?;
         messages::answer(format_args!("{name}\n"))
     })
+}
+
+/// Asks for something that is answered at the end of the VM; `None`: the end came before the question.
+fn ask_to_the_end(store: &Store, vm: &Vm, request: &Request) -> Result<Option<Answer>, Error> {
+    let error = match ask(store, &vm.record.id, request) {
+        Ok((_, answer)) => return Ok(Some(answer)),
+        Err(error) => error,
+    };
+    let deadline = Instant::now() + ENDING;
+    while store.find(&vm.record.id)?.is_alive() {
+        if Instant::now() >= deadline {
+            return Err(error);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(None)
 }
 
 fn unexpected(name: &Name) -> Error {

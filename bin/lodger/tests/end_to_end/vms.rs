@@ -197,6 +197,7 @@ fn from_run_to_rm() {
     );
 
     home.lodger(&["start", "web"]).expect(0);
+    home.wait_for("web", "!\n!\n");
     home.lodger(&["kill", "web"]).expect(0);
     home.lodger(&["kill", "web"]).expect(1);
     // Both runs are in the log.
@@ -495,4 +496,40 @@ fn a_file_describes_several() {
     assert!(refused.stderr.contains("db"), "{}", refused.stderr);
     home.lodger(&down).expect(0);
     assert_eq!(home.lodger(&["ps", "-q"]).expect(0).text(), "db\n");
+}
+
+#[test]
+fn a_stopped_vm_is_changed_and_a_lost_socket_is_no_loss() {
+    let home = Home::new();
+    let kernel = guest(SILENT);
+    home.run(&kernel, &["--name", "web"]).expect(0);
+    home.lodger(&["set", "web", "--memory", "64M"]).expect(1);
+    home.lodger(&["rename", "web", "www"]).expect(1);
+    // The runtime directory goes with the user's last session.
+    std::fs::remove_dir_all(&home.runtime).expect("a folder");
+    assert_eq!(home.inspect("web")["state"], "running");
+    let stop = home.lodger(&["stop", "--time", "0", "web"]).expect(0);
+    assert!(stop.stderr.contains("does not listen"), "{}", stop.stderr);
+
+    home.lodger(&["set", "web"]).expect(2);
+    home.lodger(&["set", "web", "--cpus", "5000"]).expect(2);
+    let set = [
+        "set",
+        "web",
+        "--memory=64M",
+        "--cpus=2",
+        "--label=a=b",
+        "--restart=always",
+    ];
+    home.lodger(&set).expect(0);
+    home.run(&kernel, &["--name", "other"]).expect(0);
+    let taken = home.lodger(&["rename", "web", "other"]).expect(1);
+    assert!(taken.stderr.contains("other already"), "{}", taken.stderr);
+    home.lodger(&["rename", "web", "www"]).expect(0);
+    home.lodger(&["start", "www"]).expect(0);
+    let seen = home.inspect("www");
+    assert_eq!(seen["memory"], 64 << 20);
+    assert_eq!(seen["cpus"], 2);
+    assert_eq!(seen["labels"]["a"], "b");
+    assert_eq!(seen["spec"]["restart"], "always");
 }
