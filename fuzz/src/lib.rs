@@ -10,12 +10,14 @@
 //!
 //! Limits: inputs are not guided by coverage. A target can be handed to such a fuzzer as it is.
 
+mod disk;
 mod loader;
 pub mod lockstep;
 mod net;
 pub mod runner;
 mod virtio;
 
+pub use disk::disk_image;
 pub use loader::loader;
 pub use net::user_net;
 pub use virtio::{pci, virtio_blk, virtio_net, virtio_queue};
@@ -56,6 +58,11 @@ pub const TARGETS: &[Target] = &[
         name: "pci",
         run: pci,
         samples: Vec::new,
+    },
+    Target {
+        name: "disk_image",
+        run: disk_image,
+        samples: disk::samples,
     },
     Target {
         name: "loader",

@@ -12,7 +12,7 @@ use lodger_virtio::{
     Activation, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Queue, VirtioDevice, VirtioPci,
     read_config,
 };
-use lodger_virtio_devices::{Blk, Net, RngSpec};
+use lodger_virtio_devices::{Blk, Limits, Net, RngSpec};
 
 const RINGS: u64 = 0x1_0000;
 const BUFFERS: u64 = 0x2_0000;
@@ -263,7 +263,7 @@ pub fn virtio_blk(data: &[u8]) {
     let features = F_INDIRECT_DESC | BLK_FEATURES;
     let machine = Machine::new();
     let backend = Arc::new(Memory(Mutex::new(vec![0; 64 * 512])));
-    let blk = Blk::new("vda", backend, "fuzz", 2).expect("the host has threads");
+    let blk = Blk::new("vda", backend, "fuzz", 2, Limits::default()).expect("the host has threads");
     let device = VirtioPci::new("vda", blk, &machine.wiring());
     let d = machine.plug(&device);
     misuse(&d, &device, 0, features, &mut input);

@@ -28,6 +28,7 @@ pub use raw::RawFile;
 
 use std::fmt;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -64,6 +65,12 @@ pub trait BlockBackend: Send + Sync {
     /// From now on the range reads as zeroes. With `may_unmap` its space may be given back to the host.
     fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()>;
 
+    /// Where these bytes are, if reading them from a file, or with `write` writing them to it, is all there is to do. Callers must
+    /// have checked the range.
+    fn direct(&self, _offset: u64, _len: u64, _write: bool) -> Option<Direct<'_>> {
+        None
+    }
+
     /// What is known of the bytes from `offset` on without reading them.
     fn extent(&self, offset: u64) -> io::Result<Extent> {
         Ok(Extent {
@@ -71,6 +78,15 @@ pub trait BlockBackend: Send + Sync {
             zero: false,
         })
     }
+}
+
+/// A file that has bytes of a disk, at the offset that they have there.
+#[derive(Debug, Clone, Copy)]
+pub struct Direct<'a> {
+    /// The file.
+    pub file: BorrowedFd<'a>,
+    /// All of it is in memory: reading it never waits for a disk.
+    pub in_memory: bool,
 }
 
 /// A part of a disk.

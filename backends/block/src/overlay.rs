@@ -9,7 +9,7 @@ use std::io;
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use crate::{BlockBackend, Format, OpenError, RawFile};
+use crate::{BlockBackend, Direct, Format, OpenError, RawFile};
 
 /// Bytes that are copied from the image when a part of them is written: what most file systems write at least.
 const CLUSTER: u64 = 4096;
@@ -151,6 +151,21 @@ impl BlockBackend for Overlay {
                 false => self.base.read_at(at, part),
             }
         })
+    }
+
+    // A cluster never leaves `top`, so an answer stays right.
+    fn direct(&self, offset: u64, len: u64, write: bool) -> Option<Direct<'_>> {
+        let last = (offset + len).checked_sub(1)? / CLUSTER;
+        let present = self.shared();
+        let there = present.get(offset / CLUSTER);
+        if !(offset / CLUSTER..=last).all(|cluster| present.get(cluster) == there) {
+            return None;
+        }
+        match there {
+            true => self.top.direct(offset, len, write),
+            false if write => None,
+            false => self.base.direct(offset, len, false),
+        }
     }
 
     fn write_at(&self, offset: u64, buf: &[u8]) -> io::Result<()> {

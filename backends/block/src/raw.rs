@@ -8,14 +8,15 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fdatasync, seek};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fdatasync, fstatfs, seek};
 use rustix::io::Errno;
 
 use crate::file::{Content, ImageFile, LONGEST_MAGIC, LockedFile};
-use crate::{BlockBackend, Extent, Format, OpenError, SECTOR_SIZE};
+use crate::{BlockBackend, Direct, Extent, Format, OpenError, SECTOR_SIZE};
 
 /// The most zeroes that are written with one call where holes are not supported, in bytes.
 const ZEROES: usize = 64 << 10;
@@ -31,6 +32,8 @@ pub struct RawFile {
     size: u64,
     /// Writes that would make it look like another format are refused.
     guarded: bool,
+    /// It is on a tmpfs.
+    in_memory: bool,
 }
 
 impl RawFile {
@@ -42,6 +45,7 @@ impl RawFile {
     /// `guarded`: it must not become an image of another format.
     pub(crate) fn new(image: ImageFile, guarded: bool) -> RawFile {
         RawFile {
+            in_memory: is_in_memory(&image.file),
             file: image.file,
             read_only: image.read_only,
             file_len: image.len,
@@ -54,6 +58,7 @@ impl RawFile {
     pub(crate) fn unnamed(file: File, size: u64) -> io::Result<RawFile> {
         file.set_len(size)?;
         Ok(RawFile {
+            in_memory: is_in_memory(&file),
             file: file.into(),
             read_only: false,
             file_len: size,
@@ -110,6 +115,12 @@ impl RawFile {
     }
 }
 
+/// Whether the file is on a file system that has no disk.
+fn is_in_memory(file: &File) -> bool {
+    const TMPFS_MAGIC: u64 = 0x0102_1994; // statfs(2)
+    fstatfs(file).is_ok_and(|fs| fs.f_type as u64 == TMPFS_MAGIC)
+}
+
 impl BlockBackend for RawFile {
     fn size_bytes(&self) -> u64 {
         self.size
@@ -157,6 +168,15 @@ impl BlockBackend for RawFile {
             self.allocate(FallocateFlags::PUNCH_HOLE, offset, len)?;
         }
         Ok(())
+    }
+
+    fn direct(&self, offset: u64, len: u64, write: bool) -> Option<Direct<'_>> {
+        let padded = offset + len > self.file_len;
+        let refused = write && (self.read_only || self.guarded && offset < LONGEST_MAGIC as u64);
+        (!padded && !refused).then(|| Direct {
+            file: self.file.as_fd(),
+            in_memory: self.in_memory,
+        })
     }
 
     fn extent(&self, offset: u64) -> io::Result<Extent> {

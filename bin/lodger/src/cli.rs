@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use lodger_net::Forward;
-use lodger_virtio_devices::BlkSpec;
+use lodger_virtio_devices::{BlkSpec, Rate};
 use lodger_x86::CpuModel;
 use serde::{Deserialize, Serialize};
 
@@ -211,7 +211,8 @@ pub struct RunArgs {
     pub root: Option<PathBuf>,
     /// A disk image, raw or qcow2, after the root disk if there is one: /dev/vda, then /dev/vdb ...
     /// (repeatable). `,ro` makes it read-only; with `,temp` what is written to it is forgotten at the
-    /// end; `,format=raw` or `,format=qcow2` says what it is, whatever its first bytes are
+    /// end; `,format=raw` or `,format=qcow2` says what it is, whatever its first bytes are; `,bps=20M`
+    /// and `,iops=500` limit what the guest may do a second, `,bps=20M:100M` allows bursts of 100M
     #[arg(long = "disk", value_name = "FILE[,OPTION...]")]
     pub disks: Vec<Disk>,
     /// The network: `user`: the guest reaches what the host reaches, and the host at 10.0.2.2, without
@@ -307,6 +308,8 @@ impl FromStr for Disk {
                 None if option == "ro" => disk.read_only = true,
                 None if option == "temp" => disk.temporary = true,
                 Some(("format", format)) => disk.format = Some(format.parse()?),
+                Some(("bps", rate)) => disk.limits.bytes = Some(parse_rate(rate)?),
+                Some(("iops", rate)) => disk.limits.operations = Some(parse_rate(rate)?),
                 _ => break,
             }
             path = rest;
@@ -320,6 +323,28 @@ impl FromStr for Disk {
         disk.path = path.into();
         Ok(Disk(disk))
     }
+}
+
+/// How much a second, and perhaps how much at once; otherwise as much as in a second.
+fn parse_rate(text: &str) -> Result<Rate, String> {
+    let number = |text: &str| {
+        let digits = text.trim_end_matches(['K', 'M', 'G']);
+        let unit = match &text[digits.len()..] {
+            "" => 1_u64,
+            "K" => 1 << 10,
+            "M" => 1 << 20,
+            "G" => 1 << 30,
+            _ => 0,
+        };
+        let number = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(unit));
+        (number.filter(|&n| n > 0 && digits.bytes().all(|b| b.is_ascii_digit())))
+            .ok_or_else(|| format!("'{text}' is not a rate; rates are like 500, 20M or 20M:100M"))
+    };
+    let (rate, burst) = text.split_once(':').unwrap_or((text, text));
+    Ok(Rate {
+        per_second: number(rate)?,
+        burst: number(burst)?,
+    })
 }
 
 /// Bytes, rounded down to whole pages.
@@ -404,6 +429,29 @@ mod tests {
             (",ro", None),
         ] {
             assert_eq!(disk(text).as_deref(), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn disk_limits() {
+        let limits = |text: &str| {
+            let limits = text.parse::<Disk>().ok()?.0.limits;
+            let pair = |rate: Option<Rate>| rate.map_or((0, 0), |r| (r.per_second, r.burst));
+            Some((pair(limits.bytes), pair(limits.operations)))
+        };
+        for (text, expected) in [
+            ("a", Some(((0, 0), (0, 0)))),
+            ("a,bps=20M", Some(((20 << 20, 20 << 20), (0, 0)))),
+            ("a,iops=500:2K,ro", Some(((0, 0), (500, 2048)))),
+            ("a,bps=1G:4G,iops=7", Some(((1 << 30, 4 << 30), (7, 7)))),
+            ("a,bps=0", None),
+            ("a,bps=1:0", None),
+            ("a,iops=", None),
+            ("a,iops=-5", None),
+            ("a,bps=5MM", None),
+            ("a,bps=99999999999999999999", None),
+        ] {
+            assert_eq!(limits(text), expected, "{text}");
         }
     }
 

@@ -18,6 +18,8 @@ mod pci;
 mod queue;
 mod transport;
 
+pub use lodger_guest_memory::Wait;
+
 pub use device::{Activation, ConfigChange, VirtioDevice, Wiring, read_config};
 pub use pci::VirtioPci;
 pub use queue::{Chain, Queue};

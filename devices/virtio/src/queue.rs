@@ -1,16 +1,20 @@
 //! One virtqueue, as a device uses it from any thread. Section 2.7 (split virtqueues).
 //!
-//! The ring arithmetic and the walk over descriptors are the `virtio-queue` crate's. That crate ends a chain silently where it is
-//! broken (a loop, an index or an indirect table out of range, a nested indirect table) and knows nothing of
-//! VIRTQ_AVAIL_F_NO_INTERRUPT; both are made good here, and a chain is handed out only if all of its buffers are RAM.
+//! The ring arithmetic is the `virtio-queue` crate's. That crate ends a chain silently where it is broken (a loop, an index or an
+//! indirect table out of range), reads an indirect table one descriptor at a time, and knows nothing of
+//! VIRTQ_AVAIL_F_NO_INTERRUPT; so chains are followed here, and one is handed out only if all of its buffers are RAM.
 
 use std::fmt::{Arguments, Display};
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
-use lodger_guest_memory::{GuestMemory, Inner};
-use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
+use lodger_guest_memory::{GuestMemory, Inner, Wait};
+use virtio_bindings::virtio_ring::{
+    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
+use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
 /// The most descriptors in one chain, indirect ones included.
@@ -211,44 +215,127 @@ fn next(ring: &mut virtio_queue::Queue, memory: &GuestMemory) -> Result<Option<F
     let Some(chain) = taken else {
         return Ok(None);
     };
-    if chain.head_index() >= ring.size() {
-        return Err(format!(
-            "descriptor {} of {}",
-            chain.head_index(),
-            ring.size()
-        ));
+    let (head, size) = (chain.head_index(), ring.size());
+    if head >= size {
+        return Err(format!("descriptor {head} of {size}"));
     }
-    walk(chain, memory).map(Some)
+    let table = Table {
+        memory,
+        address: ring.desc_table(),
+        entries: size,
+        copy: Vec::new(),
+    };
+    walk(table, head).map(Some)
 }
 
-fn walk(chain: DescriptorChain<&Inner>, memory: &GuestMemory) -> Result<Found, String> {
+/// A table of descriptors.
+struct Table<'a> {
+    memory: &'a GuestMemory,
+    address: u64,
+    entries: u16,
+    /// Its beginning, as far as it was read at once.
+    copy: Vec<u8>,
+}
+
+/// A descriptor (section 2.7.5).
+struct Descriptor {
+    address: u64,
+    len: u32,
+    flags: u32,
+    next: u16,
+}
+
+/// Bytes of a descriptor.
+const DESCRIPTOR: usize = 16;
+
+impl Table<'_> {
+    fn get(&self, index: u16) -> Option<Descriptor> {
+        let at = usize::from(index) * DESCRIPTOR;
+        let mut read = [0; DESCRIPTOR];
+        let bytes = match self.copy.get(at..at + DESCRIPTOR) {
+            Some(bytes) => bytes,
+            None => {
+                let address = self.address.checked_add(at as u64)?;
+                self.memory.read(address, &mut read).ok()?;
+                &read
+            }
+        };
+        Some(Descriptor {
+            address: u64::from_le_bytes(bytes[..8].try_into().ok()?),
+            len: u32::from_le_bytes(bytes[8..12].try_into().ok()?),
+            flags: u16::from_le_bytes([bytes[12], bytes[13]]).into(),
+            next: u16::from_le_bytes([bytes[14], bytes[15]]),
+        })
+    }
+
+    /// The table to which a descriptor of this one refers.
+    fn indirect(&self, descriptor: &Descriptor) -> Option<Table<'_>> {
+        let entries = descriptor.len as usize / DESCRIPTOR;
+        if !(descriptor.len as usize).is_multiple_of(DESCRIPTOR) {
+            return None;
+        }
+        let mut copy = vec![0; entries.min(LONGEST_CHAIN) * DESCRIPTOR];
+        // Where a part of it is not RAM, the rest is read one by one.
+        if self.memory.read(descriptor.address, &mut copy).is_err() {
+            copy.clear();
+        }
+        Some(Table {
+            memory: self.memory,
+            address: descriptor.address,
+            entries: u16::try_from(entries).ok()?,
+            copy,
+        })
+    }
+}
+
+/// Follows a chain from descriptor `head` on, and into an indirect table, which ends it.
+fn walk(table: Table, head: u16) -> Result<Found, String> {
+    const NOWHERE: &str = "a chain that loops or leads nowhere";
     let mut found = Found {
-        head: chain.head_index(),
+        head,
         readable: Buffers::default(),
         writable: Buffers::default(),
     };
-    let mut complete = false;
-    for (n, d) in chain.enumerate() {
-        let (address, len) = (d.addr().0, d.len());
-        if n == LONGEST_CHAIN {
+    let memory = table.memory;
+    let ring = table;
+    let mut indirect = None;
+    let (mut index, mut left) = (head, ring.entries);
+    for n in 0.. {
+        let table = indirect.as_ref().unwrap_or(&ring);
+        let d = (left > 0 && index < table.entries).then(|| table.get(index));
+        let d = d.flatten().ok_or(NOWHERE)?;
+        if d.flags & VRING_DESC_F_INDIRECT != 0 {
+            if indirect.is_some() {
+                return Err("an indirect table in an indirect table".into());
+            }
+            let entered = ring.indirect(&d).ok_or("an indirect table of no size")?;
+            (index, left) = (0, entered.entries);
+            indirect = Some(entered);
+            continue;
+        }
+        if n > LONGEST_CHAIN {
             return Err(format!("a chain of more than {LONGEST_CHAIN} descriptors"));
         }
-        if len > 0 && !memory.contains(address, len as usize) {
+        if d.len > 0 && !memory.contains(d.address, d.len as usize) {
+            let (address, len) = (d.address, d.len);
             return Err(format!("a buffer outside RAM: {address:#x}+{len:#x}"));
         }
-        if d.is_write_only() {
-            found.writable.push(address, len);
+        if d.flags & VRING_DESC_F_WRITE != 0 {
+            found.writable.push(d.address, d.len);
         } else if found.writable.len == 0 {
-            found.readable.push(address, len);
+            found.readable.push(d.address, d.len);
         } else {
             return Err("a readable buffer after a writable one".into());
         }
-        complete = !d.has_next();
+        if found.readable.len + found.writable.len > u64::from(u32::MAX) {
+            return Err("a chain of more than 4 GiB".into());
+        }
+        if d.flags & VRING_DESC_F_NEXT == 0 {
+            return Ok(found);
+        }
+        (index, left) = (d.next, left - 1);
     }
-    match complete {
-        true => Ok(found),
-        false => Err("a chain that loops or leads nowhere".into()),
-    }
+    Err(NOWHERE.into())
 }
 
 /// Buffers of one direction, all of them RAM; one after the other they are a range of bytes from 0.
@@ -291,6 +378,15 @@ impl Buffers {
         }
         done
     }
+
+    /// The pieces of `offset..offset + len`.
+    fn parts(&self, offset: u64, len: usize) -> Vec<(u64, usize)> {
+        let mut parts = Vec::new();
+        self.each(offset, len, |address, range| {
+            parts.push((address, range.len()))
+        });
+        parts
+    }
 }
 
 /// A chain of buffers that the driver has made available: first bytes that the device reads, then bytes that it writes.
@@ -330,6 +426,33 @@ impl Chain {
             let written = memory.write(address, &data[range]);
             written.expect("RAM stays where it is");
         })
+    }
+
+    /// Reads from byte `from` of a file into the writable bytes `offset..offset + len`, without a copy in between; returns how many
+    /// there were.
+    pub fn read_file(
+        &self,
+        offset: u64,
+        len: usize,
+        file: BorrowedFd,
+        from: u64,
+        wait: Wait,
+    ) -> io::Result<usize> {
+        let parts = self.writable.parts(offset, len);
+        self.queue.memory.read_file(file, from, &parts, wait)
+    }
+
+    /// Writes the readable bytes `offset..offset + len` to byte `to` of a file, likewise.
+    pub fn write_file(
+        &self,
+        offset: u64,
+        len: usize,
+        file: BorrowedFd,
+        to: u64,
+        wait: Wait,
+    ) -> io::Result<usize> {
+        let parts = self.readable.parts(offset, len);
+        self.queue.memory.write_file(file, to, &parts, wait)
     }
 
     /// Gives the chain back to the driver. `written` bytes have been written, from the first writable one on.

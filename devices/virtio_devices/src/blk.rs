@@ -1,35 +1,52 @@
-//! The block device (section 5.2): one queue, served by a few threads, so that several requests are under way at once.
+//! The block device (section 5.2): several queues, served by a few threads, so that several requests are under way at once.
 //!
-//! Data goes through a buffer of bounded size that each thread keeps. A write is durable after the next flush; if
+//! Where the bytes of the disk are those of a file they pass between it and RAM without a copy; otherwise they go through a
+//! buffer of bounded size that each thread keeps. A small request that need not wait for the host's disk is answered by the vCPU's
+//! thread that notifies of it: that takes less time than to wake another one. A write is durable after the next flush; if
 //! the driver did not accept VIRTIO_BLK_F_FLUSH, or has switched the cache to write-through, every write is flushed.
 //!
-//! Limits: one queue, no geometry, no lifetime, no secure erase, no zoned storage.
+//! Limits: no geometry, no lifetime, no secure erase, no zoned storage.
 
+use std::collections::VecDeque;
+use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
 
 use lodger_block::{BlockBackend, Format, OpenError, Overlay, SECTOR_SIZE};
 use lodger_device_model::{Payload, RestoreError};
-use lodger_virtio::{Activation, Chain, Queue, VirtioDevice, VirtioPci, Wiring, read_config};
+use lodger_virtio::{Activation, Chain, Queue, VirtioDevice, VirtioPci, Wait, Wiring, read_config};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
-    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
-    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
-    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
-    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
+    VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
+use crate::rate::{Limiter, Limits};
 use crate::workers::{Kick, Workers};
 
 const KIND: &str = "virtio-blk";
-const QUEUE_SIZE: u16 = 256;
+/// Requests of 1 MiB in pages of their own fit into a chain.
+const QUEUE_SIZE: u16 = 512;
+/// A guest uses as many as it has vCPUs.
+const QUEUES: [u16; 4] = [QUEUE_SIZE; 4];
+/// The most threads.
+const MOST_WORKERS: u8 = 16;
+/// The most requests that a notification answers at once, and the most bytes of each.
+const MOST_AT_ONCE: usize = 32;
+const MOST_BYTES_AT_ONCE: u64 = 64 << 10;
 /// Data buffers of a request: the queue's descriptors without those of header and status.
 const MOST_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 /// Bytes that a thread copies at a time.
 const CHUNK: usize = 128 << 10;
+/// Bytes that pass between a file and RAM at a time.
+const DIRECT_CHUNK: u64 = 1 << 20;
 /// Bytes of a request's header: type, reserved, sector.
 const HEADER: usize = 16;
 /// Bytes of a range to discard or to zero: sector, sectors, flags.
@@ -61,13 +78,16 @@ pub struct BlkSpec {
     /// The serial number that the guest sees, at most 20 bytes.
     #[serde(default)]
     pub serial: String,
-    /// How many requests are executed at once, 1 to 4.
-    #[serde(default = "two")]
+    /// How many requests are executed at once, 1 to 16.
+    #[serde(default = "default_workers")]
     pub workers: u8,
+    /// How much the guest may do with it.
+    #[serde(default)]
+    pub limits: Limits,
 }
 
-fn two() -> u8 {
-    2
+fn default_workers() -> u8 {
+    4
 }
 
 /// Why a disk could not be built.
@@ -108,7 +128,8 @@ impl BlkSpec {
             read_only,
             temporary: false,
             serial: String::new(),
-            workers: two(),
+            workers: default_workers(),
+            limits: Limits::default(),
         }
     }
 
@@ -124,7 +145,7 @@ impl BlkSpec {
             false => lodger_block::open(&self.path, self.read_only, self.format)?,
             true => Arc::new(Overlay::open(&self.path, self.format, &temporary_dir())?),
         };
-        let blk = Blk::new(name, backend, &self.serial, self.workers)?;
+        let blk = Blk::new(name, backend, &self.serial, self.workers, self.limits)?;
         Ok(VirtioPci::new(name, blk, wiring))
     }
 }
@@ -143,16 +164,20 @@ struct Disk {
     serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
     // Runtime glue.
     host_errors: AtomicU64,
-    active: Mutex<Option<Active>>,
+    limiter: Option<Limiter>,
+    active: Mutex<Option<Arc<Active>>>,
+    /// What a notification could not answer at once.
+    later: Mutex<VecDeque<(Arc<Active>, Chain)>>,
+    /// The queue from which a thread takes next.
+    turn: AtomicUsize,
     // Volatile state.
     /// The cache mode that the driver can choose: write-back, else write-through.
     writeback: AtomicBool,
 }
 
-#[derive(Clone)]
 struct Active {
     features: u64,
-    queue: Arc<Queue>,
+    queues: Vec<Arc<Queue>>,
 }
 
 /// How a request failed.
@@ -170,13 +195,17 @@ impl Blk {
         backend: Arc<dyn BlockBackend>,
         serial: &str,
         workers: u8,
+        limits: Limits,
     ) -> Result<Arc<Blk>, BlkError> {
         let wrong = |what| BlkError::Spec {
             name: name.into(),
             what,
         };
-        if !(1..=4).contains(&workers) {
-            return Err(wrong("it can have 1 to 4 workers"));
+        if !(1..=MOST_WORKERS).contains(&workers) {
+            return Err(wrong("it can have 1 to 16 workers"));
+        }
+        if !limits.are_sensible() {
+            return Err(wrong("a limit and its burst are more than 0"));
         }
         let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
         match id.get_mut(..serial.len()) {
@@ -188,7 +217,10 @@ impl Blk {
             backend,
             serial: id,
             host_errors: AtomicU64::new(0),
+            limiter: Limiter::new(limits, Instant::now()),
             active: Mutex::new(None),
+            later: Mutex::default(),
+            turn: AtomicUsize::new(0),
             writeback: AtomicBool::new(true),
         });
         let served = Arc::clone(&disk);
@@ -203,31 +235,191 @@ impl Blk {
 }
 
 impl Disk {
-    fn active(&self) -> MutexGuard<'_, Option<Active>> {
+    fn active(&self) -> MutexGuard<'_, Option<Arc<Active>>> {
         self.active.lock().expect("nothing panics under this lock")
+    }
+
+    fn later(&self) -> MutexGuard<'_, VecDeque<(Arc<Active>, Chain)>> {
+        self.later.lock().expect("nothing panics under this lock")
     }
 
     /// Takes requests until there are none; wakes another thread as long as there are more.
     fn serve(&self, kick: &Kick, buffer: &mut Vec<u8>) {
-        let Some(active) = self.active().clone() else {
-            return;
-        };
-        while let Some(chain) = active.queue.pop() {
-            if active.queue.has_more() {
+        loop {
+            // Before a request is taken, because whoever stops the queues waits for those that are.
+            if let Some(then) = self.limiter.as_ref().and_then(|l| l.ready(Instant::now())) {
+                match kick.sleep_until(then) {
+                    true => continue,
+                    false => return,
+                }
+            }
+            let Some((active, chain)) = self.take() else {
+                return;
+            };
+            if !self.later().is_empty() || active.queues.iter().any(|q| q.has_more()) {
                 kick.kick();
             }
-            let Some(status_at) = chain.writable_len().checked_sub(1) else {
-                chain.reject("a request without a status byte");
-                continue;
-            };
-            let status = match self.execute(&active, &chain, status_at, buffer) {
-                Ok(()) => VIRTIO_BLK_S_OK,
-                Err(Failure::Io) => VIRTIO_BLK_S_IOERR,
-                Err(Failure::Unsupported) => VIRTIO_BLK_S_UNSUPP,
-            };
-            chain.write_at(status_at, &[status as u8]);
-            chain.complete(u32::try_from(status_at + 1).unwrap_or(u32::MAX));
+            if let Some((chain, written)) = self.answer(&active, chain, buffer) {
+                chain.complete(written);
+            }
         }
+    }
+
+    /// The next request, from each queue in turn.
+    fn take(&self) -> Option<(Arc<Active>, Chain)> {
+        if let Some(first) = self.later().pop_front() {
+            return Some(first);
+        }
+        let active = self.active().clone()?;
+        let count = active.queues.len();
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let mut queues = (0..count).map(|n| &active.queues[turn.wrapping_add(n) % count]);
+        let chain = queues.find_map(Queue::pop)?;
+        Some((active, chain))
+    }
+
+    /// Executes a request; how many bytes have been written to its chain. None if it could not be answered.
+    fn answer(&self, active: &Active, chain: Chain, buffer: &mut Vec<u8>) -> Option<(Chain, u32)> {
+        let Some(status_at) = chain.writable_len().checked_sub(1) else {
+            chain.reject("a request without a status byte");
+            return None;
+        };
+        let status = match self.execute(active, &chain, status_at, buffer) {
+            Ok(()) => VIRTIO_BLK_S_OK,
+            Err(Failure::Io) => VIRTIO_BLK_S_IOERR,
+            Err(Failure::Unsupported) => VIRTIO_BLK_S_UNSUPP,
+        };
+        chain.write_at(status_at, &[status as u8]);
+        let written = u32::try_from(status_at + 1).unwrap_or(u32::MAX);
+        Some((chain, written))
+    }
+
+    /// Answers what need not wait for the host's disk. True: there are requests for the other threads.
+    fn answer_at_once(&self, queue: u16) -> bool {
+        if self.limiter.is_some() {
+            return true;
+        }
+        let Some(active) = self.active().clone() else {
+            return false;
+        };
+        let Some(queue) = active.queues.get(usize::from(queue)) else {
+            return false;
+        };
+        let mut done = Vec::new();
+        let mut rest = true;
+        while done.len() < MOST_AT_ONCE {
+            let Some(chain) = queue.pop() else {
+                rest = false;
+                break;
+            };
+            match self.execute_at_once(&active, &chain) {
+                Some(written) => done.push((chain, written)),
+                None => {
+                    self.later().push_back((Arc::clone(&active), chain));
+                    break;
+                }
+            }
+        }
+        queue.complete_all(done);
+        rest
+    }
+
+    /// Executes a request if it is a small read or write that need not wait for the host's disk; how many bytes it has written to
+    /// the chain.
+    fn execute_at_once(&self, active: &Active, chain: &Chain) -> Option<u32> {
+        let room = chain.writable_len().checked_sub(1)?;
+        let (kind, sector) = header(chain)?;
+        let given = chain.readable_len() - HEADER as u64;
+        let (len, write) = match kind {
+            VIRTIO_BLK_T_IN => (room, false),
+            VIRTIO_BLK_T_OUT if self.is_writeback(active) => (given, true),
+            _ => return None,
+        };
+        if !(1..=MOST_BYTES_AT_ONCE).contains(&len) {
+            return None;
+        }
+        let start = self.range(sector, len).ok()?;
+        let direct = self.backend.direct(start, len, write)?;
+        let wait = match direct.in_memory {
+            true => Wait::Allowed,
+            false => Wait::Never,
+        };
+        let done = match write {
+            false => chain.read_file(0, len as usize, direct.file, start, wait),
+            true => chain.write_file(HEADER as u64, len as usize, direct.file, start, wait),
+        };
+        if done.ok()? as u64 != len {
+            return None;
+        }
+        chain.write_at(room, &[VIRTIO_BLK_S_OK as u8]);
+        u32::try_from(room + 1).ok()
+    }
+
+    /// Reads `room` bytes of the disk from byte `start` on.
+    fn read(
+        &self,
+        chain: &Chain,
+        start: u64,
+        room: u64,
+        buffer: &mut Vec<u8>,
+    ) -> Result<(), Failure> {
+        each_direct(room, |at, len| {
+            if let Some(direct) = self.backend.direct(start + at, len, false) {
+                let mut done = 0;
+                while done < len {
+                    let (from, left) = (at + done, (len - done) as usize);
+                    let wait = Wait::Allowed;
+                    let n =
+                        self.host(chain.read_file(from, left, direct.file, start + from, wait))?;
+                    if n == 0 {
+                        // Somebody else has cut the file short.
+                        self.host(Err::<(), _>(io::ErrorKind::UnexpectedEof.into()))?;
+                    }
+                    done += n as u64;
+                }
+                return Ok(());
+            }
+            each_chunk(len, buffer, |from, buffer| {
+                self.host(self.backend.read_at(start + at + from, buffer))?;
+                chain.write_at(at + from, buffer);
+                Ok(())
+            })
+        })
+    }
+
+    /// Writes `given` bytes behind the header to byte `start` of the disk.
+    fn write(
+        &self,
+        chain: &Chain,
+        start: u64,
+        given: u64,
+        buffer: &mut Vec<u8>,
+    ) -> Result<(), Failure> {
+        const BEHIND: u64 = HEADER as u64;
+        each_direct(given, |at, len| {
+            if let Some(direct) = self.backend.direct(start + at, len, true) {
+                let mut done = 0;
+                while done < len {
+                    let (from, left) = (at + done, (len - done) as usize);
+                    let n = chain.write_file(
+                        BEHIND + from,
+                        left,
+                        direct.file,
+                        start + from,
+                        Wait::Allowed,
+                    );
+                    match self.host(n)? {
+                        0 => self.host(Err::<(), _>(io::ErrorKind::WriteZero.into()))?,
+                        n => done += n as u64,
+                    }
+                }
+                return Ok(());
+            }
+            each_chunk(len, buffer, |from, buffer| {
+                chain.read_at(BEHIND + at + from, buffer);
+                self.host(self.backend.write_at(start + at + from, buffer))
+            })
+        })
     }
 
     /// Executes the request of `chain`, whose first `room` writable bytes are for data.
@@ -238,27 +430,23 @@ impl Disk {
         room: u64,
         buffer: &mut Vec<u8>,
     ) -> Result<(), Failure> {
-        let mut header = [0; HEADER];
-        if chain.read_at(0, &mut header) < HEADER {
-            return Err(Failure::Io);
-        }
-        let (kind, sector) = (u32_at(&header, 0), u64_at(&header, 8));
+        let (kind, sector) = header(chain).ok_or(Failure::Io)?;
         let given = chain.readable_len() - HEADER as u64;
+        if let Some(limiter) = &self.limiter {
+            limiter.pay(match kind {
+                VIRTIO_BLK_T_IN => room,
+                VIRTIO_BLK_T_OUT => given,
+                _ => 0,
+            });
+        }
         match kind {
             VIRTIO_BLK_T_IN => {
                 let start = self.range(sector, room)?;
-                each_chunk(room, buffer, |at, buffer| {
-                    self.host(self.backend.read_at(start + at, buffer))?;
-                    chain.write_at(at, buffer);
-                    Ok(())
-                })
+                self.read(chain, start, room, buffer)
             }
             VIRTIO_BLK_T_OUT => {
                 let start = self.range(sector, given)?;
-                each_chunk(given, buffer, |at, buffer| {
-                    chain.read_at(HEADER as u64 + at, buffer);
-                    self.host(self.backend.write_at(start + at, buffer))
-                })?;
+                self.write(chain, start, given, buffer)?;
                 self.written(active)
             }
             VIRTIO_BLK_T_FLUSH => self.host(self.backend.flush()),
@@ -327,18 +515,22 @@ impl Disk {
 
     /// A write is complete: durable, if the cache is write-through.
     fn written(&self, active: &Active) -> Result<(), Failure> {
-        let writeback = match has(active.features, VIRTIO_BLK_F_CONFIG_WCE) {
-            true => self.writeback.load(Ordering::Relaxed),
-            false => has(active.features, VIRTIO_BLK_F_FLUSH),
-        };
-        match writeback {
+        match self.is_writeback(active) {
             true => Ok(()),
             false => self.host(self.backend.flush()),
         }
     }
 
+    /// Whether a write may be complete before it is durable.
+    fn is_writeback(&self, active: &Active) -> bool {
+        match has(active.features, VIRTIO_BLK_F_CONFIG_WCE) {
+            true => self.writeback.load(Ordering::Relaxed),
+            false => has(active.features, VIRTIO_BLK_F_FLUSH),
+        }
+    }
+
     /// What the host says of an access. Its failures are logged ever more rarely.
-    fn host(&self, result: std::io::Result<()>) -> Result<(), Failure> {
+    fn host<T>(&self, result: io::Result<T>) -> Result<T, Failure> {
         result.map_err(|e| {
             let count = self.host_errors.fetch_add(1, Ordering::Relaxed) + 1;
             if count.is_power_of_two() {
@@ -359,7 +551,7 @@ impl Disk {
         // Topology: physical blocks of 2^3 sectors, the first one aligned, 8 sectors at least and 256 best.
         put(24, &[3, 0, 8, 0, 0, 1, 0, 0]);
         put(32, &[self.writeback.load(Ordering::Relaxed).into()]);
-        put(34, &[1, 0]);
+        put(34, &(QUEUES.len() as u16).to_le_bytes());
         put(36, &MOST_DISCARD.to_le_bytes());
         put(40, &MOST_RANGES.to_le_bytes());
         put(44, &8_u32.to_le_bytes());
@@ -382,6 +574,27 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
+}
+
+/// Type and sector of a request.
+fn header(chain: &Chain) -> Option<(u32, u64)> {
+    let mut header = [0; HEADER];
+    let there = chain.read_at(0, &mut header) == HEADER;
+    there.then(|| (u32_at(&header, 0), u64_at(&header, 8)))
+}
+
+/// Calls `f(offset, length)` for parts of `len` bytes.
+fn each_direct(
+    len: u64,
+    mut f: impl FnMut(u64, u64) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let mut at = 0;
+    while at < len {
+        let n = (len - at).min(DIRECT_CHUNK);
+        f(at, n)?;
+        at += n;
+    }
+    Ok(())
 }
 
 /// Calls `f(offset, chunk)` for the chunks of `len` bytes; `buffer` is their place.
@@ -418,6 +631,7 @@ impl VirtioDevice for Blk {
             VIRTIO_BLK_F_BLK_SIZE,
             VIRTIO_BLK_F_TOPOLOGY,
             VIRTIO_BLK_F_FLUSH,
+            VIRTIO_BLK_F_MQ,
         ];
         bits.extend(match self.disk.backend.read_only() {
             true => &[VIRTIO_BLK_F_RO][..],
@@ -431,7 +645,7 @@ impl VirtioDevice for Blk {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE]
+        &QUEUES
     }
 
     fn config_read(&self, offset: u64, data: &mut [u8]) {
@@ -448,16 +662,16 @@ impl VirtioDevice for Blk {
     }
 
     fn activate(&self, activation: Activation) {
-        let [queue] = <[Arc<Queue>; 1]>::try_from(activation.queues)
-            .unwrap_or_else(|_| panic!("a disk has one queue"));
-        *self.disk.active() = Some(Active {
+        *self.disk.active() = Some(Arc::new(Active {
             features: activation.features,
-            queue,
-        });
+            queues: activation.queues,
+        }));
     }
 
-    fn notify(&self, _queue: u16) {
-        self.workers.kick();
+    fn notify(&self, queue: u16) {
+        if self.disk.answer_at_once(queue) {
+            self.workers.kick();
+        }
     }
 
     fn reset(&self) {
@@ -471,7 +685,10 @@ impl VirtioDevice for Blk {
             backend: _,
             serial: _,
             host_errors: _,
+            limiter: _,
             active: _, // the transport's
+            later: _,
+            turn: _,
             writeback,
         } = &*self.disk;
         let state = saved::V1 {

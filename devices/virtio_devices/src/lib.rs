@@ -1,15 +1,18 @@
 //! The virtio devices: block, console, entropy, network. Virtual I/O Device (VIRTIO) Version 1.2, section 5.
 //!
-//! Each device serves its queues on threads of its own, so that a guest's register access never waits for the host. Beside each
+//! Each device serves its queues on threads of its own, so that a guest's register access never waits for the host. (A disk
+//! answers at once what is in the host's memory.) Beside each
 //! device is its spec, plain data from which a machine builds it.
 
 mod blk;
 mod console;
 mod net;
+mod rate;
 mod rng;
 mod workers;
 
 pub use blk::{Blk, BlkError, BlkSpec};
 pub use console::{Console, ConsoleSpec, Output};
 pub use net::{Net, NetSpec, NetworkSpec};
+pub use rate::{Limits, Rate};
 pub use rng::{Rng, RngSpec};

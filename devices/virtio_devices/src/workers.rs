@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 /// Bytes of a worker's stack.
 const STACK: usize = 256 << 10;
@@ -80,6 +81,19 @@ impl Kick {
         if state.due < state.threads {
             state.due += 1;
             self.0.wake.notify_one();
+        }
+    }
+
+    /// Waits until then; false when the pool ends.
+    pub(crate) fn sleep_until(&self, then: Instant) -> bool {
+        let mut state = self.lock();
+        loop {
+            let left = then.saturating_duration_since(Instant::now());
+            if state.stopping || left.is_zero() {
+                return !state.stopping;
+            }
+            let woken = self.0.wake.wait_timeout(state, left);
+            state = woken.expect("nothing panics under this lock").0;
         }
     }
 

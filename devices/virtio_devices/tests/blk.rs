@@ -8,7 +8,7 @@ use lodger_block::BlockBackend;
 use lodger_device_model::{Device, assert_round_trip};
 use lodger_virtio::driver::{Driver, DriverQueue, INDIRECT, Machine, NEXT, RAM, WRITE};
 use lodger_virtio::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioPci};
-use lodger_virtio_devices::{Blk, BlkSpec};
+use lodger_virtio_devices::{Blk, BlkSpec, Limits, Rate};
 
 const RINGS: u64 = 0x1_0000;
 const HEADER: u64 = 0x4_0000;
@@ -30,6 +30,7 @@ const UNSUPP: u8 = 2;
 const F_RO: u64 = 1 << 5;
 const F_FLUSH: u64 = 1 << 9;
 const F_CONFIG_WCE: u64 = 1 << 11;
+const F_MQ: u64 = 1 << 12;
 const F_DISCARD: u64 = 1 << 13;
 const F_WRITE_ZEROES: u64 = 1 << 14;
 const ALL: u64 = F_FLUSH | F_CONFIG_WCE | F_DISCARD | F_WRITE_ZEROES | F_VERSION_1;
@@ -138,7 +139,7 @@ impl Rig {
     fn new(read_only: bool, features: u64) -> Rig {
         let machine = Machine::new();
         let disk = Fake::new(read_only);
-        let blk = Blk::new("vda", disk.clone(), "lodger-0001", 2).unwrap();
+        let blk = Blk::new("vda", disk.clone(), "lodger-0001", 2, Limits::default()).unwrap();
         let device = VirtioPci::new("vda", blk, &machine.wiring());
         let d = machine.plug(&device);
         d.enable_msix();
@@ -206,7 +207,8 @@ fn the_configuration_tells_the_disk() {
     let rig = Rig::new(false, ALL);
     let c = |at| rig.d.read32(rig.d.config + at);
     assert_eq!((c(0), c(4)), (SECTORS as u32, 0));
-    assert_eq!((c(12), c(20)), (254, 512));
+    assert_eq!((c(12), c(20)), (510, 512));
+    assert_eq!(c(34) & 0xffff, 4);
     assert_eq!(rig.d.features() & ALL, ALL);
     assert_eq!(rig.d.features() & F_RO, 0);
     assert_eq!(rig.d.pci(0) >> 16, 0x1042);
@@ -498,6 +500,107 @@ fn malformed_requests_do_no_harm() {
     assert_eq!(rig.request(IN, 0, 512), OK);
 }
 
+/// Bytes pass between the file and RAM, on a file system with a disk and on one without.
+#[test]
+fn files_are_read_and_written_directly() {
+    for dir in ["/dev/shm", env!("CARGO_TARGET_TMPDIR")] {
+        let file = tempfile::NamedTempFile::new_in(dir).unwrap();
+        let bytes: Vec<u8> = (0..700 << 10).map(|n: u32| (n / 300) as u8).collect();
+        // The last sector is not all there.
+        std::fs::write(file.path(), &bytes[..bytes.len() - 100]).unwrap();
+        let machine = Machine::new();
+        let spec = BlkSpec::new(file.path(), false);
+        let device = spec.build("vda", &machine.wiring()).unwrap();
+        let d = machine.plug(&device);
+        d.enable_msix();
+        // Another queue than the first.
+        let index = 2;
+        assert_eq!(d.negotiate(ALL | F_MQ), 11);
+        let mut q = d.queue(index, 64, RINGS);
+        d.ready();
+        let m = d.machine.memory.clone();
+        let mut request = |kind: u32, sector: u64, data: &[(u64, u32, bool)]| {
+            m.write(HEADER, &kind.to_le_bytes()).unwrap();
+            m.write(HEADER + 8, &sector.to_le_bytes()).unwrap();
+            let mut buffers = vec![(HEADER, 16, false)];
+            buffers.extend(data);
+            buffers.push((STATUS, 1, true));
+            q.submit(&d, &buffers);
+            q.wait(&d);
+            let mut status = [9];
+            m.read(STATUS, &mut status).unwrap();
+            status[0]
+        };
+        let get = |at: u64, len: usize| {
+            let mut bytes = vec![0; len];
+            m.read(at, &mut bytes).unwrap();
+            bytes
+        };
+        // Small and large, and in pieces.
+        assert_eq!(request(IN, 3, &[(DATA, 4096, true)]), OK);
+        assert_eq!(get(DATA, 4096), bytes[1536..5632]);
+        assert_eq!(request(IN, 9, &[(DATA, 0x8_0000, true)]), OK);
+        assert_eq!(get(DATA, 0x8_0000), bytes[4608..][..0x8_0000]);
+        let pieces = [(DATA + 1, 100, true), (DATA + 5000, 412, true)];
+        assert_eq!(request(IN, 1, &pieces), OK);
+        assert_eq!(get(DATA + 5000, 412), bytes[612..1024]);
+        let last = bytes.len() as u64 / 512 - 1;
+        assert_eq!(request(IN, last, &[(DATA, 512, true)]), OK);
+        assert_eq!(get(DATA, 412), bytes[bytes.len() - 512..][..412]);
+        assert_eq!(get(DATA + 412, 100), [0; 100]);
+        assert_eq!(request(IN, last, &[(DATA, 1024, true)]), IOERR);
+        m.write(DATA, &[0x5a; 8192]).unwrap();
+        for (sector, len) in [(0, 512), (100, 8192), (last, 512)] {
+            assert_eq!(request(OUT, sector, &[(DATA, len, false)]), OK, "{sector}");
+        }
+        m.write(DATA, b"QFI\xfb").unwrap();
+        assert_eq!(request(OUT, 0, &[(DATA, 512, false)]), IOERR);
+        assert_eq!(request(OUT, 1, &[(DATA, 512, false)]), OK);
+        assert_eq!(request(FLUSH, 0, &[]), OK);
+        let mut expected = bytes.clone();
+        expected[..512].fill(0x5a);
+        expected[51200..][..8192].fill(0x5a);
+        expected[last as usize * 512..].fill(0x5a);
+        expected[512..516].copy_from_slice(b"QFI\xfb");
+        expected[516..1024].fill(0x5a);
+        assert!(std::fs::read(file.path()).unwrap() == expected);
+        // A file that somebody cuts short.
+        file.as_file().set_len(100_000).unwrap();
+        assert_eq!(request(IN, 300, &[(DATA, 4096, true)]), IOERR);
+        assert_eq!(request(IN, 300, &[(DATA, 0x4_0000, true)]), IOERR);
+        assert_eq!(request(IN, 100, &[(DATA, 4096, true)]), OK);
+    }
+}
+
+#[test]
+fn limits_delay_and_do_not_keep_a_reset_waiting() {
+    let machine = Machine::new();
+    let disk = Fake::new(false);
+    let limits = Limits {
+        bytes: None,
+        operations: Some(Rate {
+            per_second: 1,
+            burst: 2,
+        }),
+    };
+    let blk = Blk::new("vda", disk.clone(), "", 2, limits).unwrap();
+    let device = VirtioPci::new("vda", blk, &machine.wiring());
+    let d = machine.plug(&device);
+    d.enable_msix();
+    let q = d.queue(0, 128, RINGS);
+    let mut rig = Rig { d, q, disk, device };
+    rig.start(ALL);
+    // Two at once, then a debt: of 64 more, not all are done when the reset comes.
+    for n in 0..66 {
+        rig.submit(n % 2, IN, n % 60, 512);
+    }
+    rig.q.wait(&rig.d);
+    rig.q.wait(&rig.d);
+    rig.d.set_status(0);
+    assert_eq!(rig.d.status(), 0);
+    assert!(rig.disk.take_log().len() < 66);
+}
+
 #[test]
 fn a_spec_builds_a_disk_on_a_file() {
     let file = tempfile::NamedTempFile::new().unwrap();
@@ -520,10 +623,23 @@ fn a_spec_builds_a_disk_on_a_file() {
     other.as_file().set_len(512).unwrap();
     let path = other.path().to_path_buf();
     let many = BlkSpec {
-        workers: 5,
+        workers: 17,
         ..BlkSpec::new(&path, true)
     };
     assert!(wrong(many).to_string().contains("workers"));
+    let none = Some(Rate {
+        per_second: 0,
+        burst: 1,
+    });
+    let limits = Limits {
+        bytes: none,
+        operations: None,
+    };
+    let stopped = BlkSpec {
+        limits,
+        ..BlkSpec::new(&path, true)
+    };
+    assert!(wrong(stopped).to_string().contains("limit"));
     assert!(
         wrong(BlkSpec { path, ..long })
             .to_string()

@@ -90,41 +90,34 @@ pub fn check(path: &Path, format: Option<Format>, repair: bool) -> Result<CheckR
         path: path.into(),
         source,
     };
-    let clusters = image.len.div_ceil(header.cluster());
-    if clusters > MOST_CLUSTERS {
-        return Err(damaged(path, "it has too many clusters to be checked"));
-    }
-    let mut count = Count {
-        references: vec![0; clusters as usize],
-        report: CheckReport::new(format),
-        structure: 0,
-        image,
-        header,
-    };
-    let l1s = count.count().map_err(host)?;
-    let unreadable = count.structure;
-    let table = count.compare().map_err(host)?;
-    let wrong_flags = count.flags(&l1s, false).map_err(host)?;
+    let mut count = Count::new(&image, &header).map_err(host)?;
+    let (l1, table) = count.examine().map_err(host)?;
     let mut report = count.report.clone();
-    report.errors += wrong_flags;
     if repair && !report.is_sound() {
-        if unreadable > 0 {
+        if count.structure > 0 {
             let what = format!(
                 "it cannot be repaired: {}",
                 report.messages.first().map_or("", String::as_str)
             );
             return Err(damaged(path, what));
         }
-        count.repair(table, &l1s).map_err(host)?;
+        count.repair(table, &l1).map_err(host)?;
         report.repaired = true;
     }
     Ok(report)
 }
 
+/// Whether the image can be written without harm.
+pub(super) fn is_safe(image: &ImageFile, header: &Header) -> io::Result<bool> {
+    let mut count = Count::new(image, header)?;
+    count.examine()?;
+    Ok(count.report.errors == 0)
+}
+
 /// A check at work.
-struct Count {
-    image: ImageFile,
-    header: Header,
+struct Count<'a> {
+    image: &'a ImageFile,
+    header: &'a Header,
     /// How many references each cluster of the file has.
     references: Vec<u32>,
     report: CheckReport,
@@ -132,7 +125,29 @@ struct Count {
     structure: u64,
 }
 
-impl Count {
+impl Count<'_> {
+    fn new<'a>(image: &'a ImageFile, header: &'a Header) -> io::Result<Count<'a>> {
+        let clusters = image.len.div_ceil(header.cluster());
+        if clusters > MOST_CLUSTERS {
+            return Err(io::Error::other("it has too many clusters to be checked"));
+        }
+        Ok(Count {
+            references: vec![0; clusters as usize],
+            report: CheckReport::new(Format::Qcow2),
+            structure: 0,
+            image,
+            header,
+        })
+    }
+
+    /// Fills the report; returns the L1 table and the refcount table.
+    fn examine(&mut self) -> io::Result<(Vec<u64>, Vec<u64>)> {
+        let l1 = self.count()?;
+        let table = self.compare()?;
+        self.report.errors += self.flags(&l1, false)?;
+        Ok((l1, table))
+    }
+
     /// Something uses `len` bytes of the file.
     fn mark(&mut self, at: u64, len: u64, what: &str) {
         let bits = self.header.cluster_bits;
@@ -158,7 +173,7 @@ impl Count {
         if table > 0 {
             self.mark(self.header.refcount_table_at, table, "the refcount table");
         }
-        let entries = read_table(&self.image, self.header.refcount_table_at, table / 8)?;
+        let entries = read_table(self.image, self.header.refcount_table_at, table / 8)?;
         for at in entries.into_iter().filter(|&at| at != 0) {
             match at.is_multiple_of(cluster) {
                 true => self.mark(at, cluster, "a block of reference counts"),
@@ -180,7 +195,7 @@ impl Count {
             return Ok(Vec::new());
         }
         self.mark(at, entries * 8, "an L1 table");
-        let l1 = read_table(&self.image, at, entries)?;
+        let l1 = read_table(self.image, at, entries)?;
         let mut seen = HashSet::new();
         for entry in &l1 {
             let at = entry & OFFSET;
@@ -204,7 +219,7 @@ impl Count {
     }
 
     fn count_l2(&mut self, at: u64, active: bool) -> io::Result<()> {
-        let table = read_table(&self.image, at, self.header.l2_entries())?;
+        let table = read_table(self.image, at, self.header.l2_entries())?;
         for entry in table {
             let mut allocated = active.into();
             match self.header.mapping(entry) {
@@ -278,7 +293,7 @@ impl Count {
     /// Compares the counts in the file with those that were found; returns the refcount table.
     fn compare(&mut self) -> io::Result<Vec<u64>> {
         let table = u64::from(self.header.refcount_table_clusters) << self.header.cluster_bits;
-        let table = read_table(&self.image, self.header.refcount_table_at, table / 8)?;
+        let table = read_table(self.image, self.header.refcount_table_at, table / 8)?;
         let per_block = self.counts_in_block();
         let mut block = vec![0; self.header.cluster() as usize];
         let blocks = (self.references.len() as u64).div_ceil(per_block);
@@ -334,7 +349,7 @@ impl Count {
             if at == 0 || references(at).is_none() {
                 continue;
             }
-            let table = read_table(&self.image, at, self.header.l2_entries())?;
+            let table = read_table(self.image, at, self.header.l2_entries())?;
             for (n, &entry) in table.iter().enumerate() {
                 if let Ok(Mapping::Data { .. } | Mapping::Zero) = self.header.mapping(entry) {
                     right(entry, at + n as u64 * 8)?;

@@ -6,7 +6,8 @@
 //! to the last flush, and at worst clusters that nobody uses (`check.rs` finds them).
 //!
 //! Limit: the order is that of the writes to the file. If the host itself loses power between two of them, reference
-//! counts can be lost; `lodger disk check --repair` puts them right.
+//! counts can be lost. They are checked when an image is opened, and it is refused until `lodger disk check --repair` has put
+//! them right.
 
 use std::fs::File;
 use std::io;
@@ -22,6 +23,7 @@ use imago::{
 use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::file::ImageFile;
+use crate::qcow2::check::is_safe;
 use crate::qcow2::header::{Backing, CORRUPT, Compression, DIRTY, Header};
 use crate::qcow2::layer::Layer;
 use crate::qcow2::{damaged, open_backing};
@@ -53,11 +55,18 @@ impl Writer {
             );
             return Err(damaged(path, what));
         }
-        let backing = open_backing(path, &header, trusted, 0)?;
         let host = |source| OpenError::Host {
             path: path.into(),
             source,
         };
+        // imago trusts the tables; it can recurse without end where they contradict each other.
+        if !is_safe(&image, &header).map_err(host)? {
+            let what = format!(
+                "its reference counts are wrong, writing to it could destroy it: `lodger disk check {name}` tells more, with --repair it puts them right"
+            );
+            return Err(damaged(path, what));
+        }
+        let backing = open_backing(path, &header, trusted, 0)?;
         let mut qcow2 = Qcow2::<Layer>::open_image(Layer::file(image.file), true).map_err(host)?;
         let backing = backing.map(|image| {
             let raw = Raw::builder(Layer::image(image, header.size));

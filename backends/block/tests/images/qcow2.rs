@@ -418,6 +418,9 @@ fn damage_is_found_and_put_right() {
             "{at} {value}"
         );
         assert_eq!(report.is_sound(), !damaged, "{at} {value}");
+        let opened = open(&path, false, None);
+        assert_eq!(opened.is_ok(), errors == 0 && at != 79, "{at} {value}");
+        drop(opened);
         let report = check(&path, None, true).expect("it can be repaired");
         assert_eq!(report.repaired, damaged);
         let report = check(&path, None, false).expect("it can be checked");

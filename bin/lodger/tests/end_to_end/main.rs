@@ -3,6 +3,7 @@
 mod boot;
 mod cli;
 mod disk;
+mod durability;
 mod guest;
 mod network;
 mod process;

@@ -128,6 +128,14 @@ impl Lodger {
         kill_process(Pid::from_child(&self.child), Signal::TERM).expect("it runs");
     }
 
+    /// Kills it with SIGKILL; what it wrote to standard output behind what `wait_for` found.
+    pub fn kill(mut self) -> String {
+        self.child.kill().expect("it runs");
+        self.child.wait().expect("a child");
+        self.seen.extend(self.output.iter().flatten());
+        String::from_utf8_lossy(&self.seen).into_owned()
+    }
+
     /// Waits for its end.
     #[track_caller]
     pub fn finish(mut self) -> Finished {
