@@ -12,13 +12,13 @@
 //! as before, they are taken into use again. Memory is freed all at once, when it is used up.
 
 use std::collections::{HashMap, HashSet};
-use std::hash::{BuildHasher, RandomState};
+use std::hash::{BuildHasher, BuildHasherDefault, RandomState};
 use std::io;
 use std::ops::Range;
 
 use lodger_host_sys::executable::ExecutableMemory;
-use lodger_interp::Cpu;
-use lodger_softmmu::MmuIndex;
+use lodger_interp::{Cpu, Switch};
+use lodger_softmmu::{AddressHasher, MmuIndex};
 
 use crate::dump;
 use crate::emit::{Code, distance};
@@ -45,7 +45,12 @@ pub const REFILLS: i32 = 32;
 /// 32-bit code in the last page could go on at address zero: the interpreter does that.
 const LAST_32: u64 = 0xffff_efff;
 
+/// Pages of code that are looked up again after a flush, at most.
+const PAGES: usize = 16;
+
 pub type BlockId = u32;
+
+type Hasher = BuildHasherDefault<AddressHasher>;
 
 /// Index of the jump table of user code.
 const USER: usize = MmuIndex::User as usize;
@@ -106,8 +111,8 @@ pub struct Cache {
     tools: Tools,
     pub sites: Vec<Site>,
     blocks: Vec<Block>,
-    by_address: HashMap<(u64, u8), Vec<BlockId>>,
-    by_page: HashMap<u64, Vec<BlockId>>,
+    by_address: HashMap<(u64, u8), Vec<BlockId>, Hasher>,
+    by_page: HashMap<u64, Vec<BlockId>, Hasher>,
     /// Blocks whose accesses are each looked up alone.
     alone: HashSet<(u64, u8)>,
     /// Instructions of user code whose accesses change pages often.
@@ -138,8 +143,8 @@ impl Cache {
             tools: Tools::new(exact_flags),
             sites: Vec::new(),
             blocks: Vec::new(),
-            by_address: HashMap::new(),
-            by_page: HashMap::new(),
+            by_address: HashMap::default(),
+            by_page: HashMap::default(),
             alone: HashSet::new(),
             wanderers: HashSet::new(),
             entries: 0,
@@ -188,12 +193,33 @@ impl Cache {
         self.counters.cache_flushes += 1;
     }
 
-    /// Another address space is in use; `keep`: what was known of its mappings is still true.
-    pub fn switch_space(&mut self, env: &mut Env, space: u16, keep: bool) {
+    /// Another address space is in use.
+    pub fn switch_space(&mut self, cpu: &mut Cpu, env: &mut Env, switch: Switch) {
         self.counters.local_flushes += 1;
         let blocks = &self.blocks;
-        let valid = |id| !blocks[id as usize].stale;
-        self.jumps.switch(env, space, keep, valid);
+        if switch.same_tables && !switch.keep && switch.space == self.jumps.space() {
+            // Most code is where it was: as if it had been looked up again at once.
+            let mut pages: Vec<(u64, Option<u64>)> = Vec::with_capacity(PAGES);
+            self.jumps.retain(env, |filled| {
+                let block = &blocks[filled.block as usize];
+                let page = filled.pages[0];
+                let known = pages.iter().find(|(linear, _)| *linear == page);
+                let physical = match known {
+                    Some((_, physical)) => *physical,
+                    None if pages.len() == PAGES => None,
+                    None => {
+                        let physical = cpu.user_code_page(block.linear);
+                        pages.push((page, physical));
+                        physical
+                    }
+                };
+                let simple = block.mode.mmu == MmuIndex::User && block.second.is_none();
+                simple && physical == Some(block.physical & !0xfff)
+            });
+        } else {
+            let valid = |id| !blocks[id as usize].stale;
+            self.jumps.switch(env, switch.space, switch.keep, valid);
+        }
         self.unlink_crossing(false);
     }
 

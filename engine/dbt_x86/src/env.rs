@@ -86,8 +86,9 @@ pub struct Env {
     /// Masks for PEXT: the sign, and all of RFLAGS but IF.
     pub sign_mask: u64,
     pub no_if_mask: u64,
-    /// All of RFLAGS but AC; bits of a bit's number within 32 and 64 bits; what is zero in addresses of the lower half.
+    /// All of RFLAGS but AC, and but DF; bits of a bit's number within 32 and 64 bits; what is zero in addresses of the lower half.
     pub no_ac_mask: u64,
+    pub no_df_mask: u64,
     pub bit_masks: [u64; 2],
     pub upper_mask: u64,
     /// Where to try again after a miss.
@@ -265,6 +266,9 @@ impl Layout {
     pub fn no_if_mask(&self) -> u32 {
         self.env + offset_of!(Env, no_if_mask) as u32
     }
+    pub fn no_df_mask(&self) -> u32 {
+        self.env + offset_of!(Env, no_df_mask) as u32
+    }
     pub fn no_ac_mask(&self) -> u32 {
         self.env + offset_of!(Env, no_ac_mask) as u32
     }
@@ -309,6 +313,16 @@ impl Layout {
     }
     pub fn segment_attributes(&self, number: usize) -> u32 {
         self.segment(number) + offset_of!(Segment, attributes) as u32
+    }
+    /// CR0, CR2, CR3, CR4.
+    pub fn control(&self, number: usize) -> u32 {
+        let offset = match number {
+            0 => offset_of!(Cpu, cr0),
+            2 => offset_of!(Cpu, cr2),
+            3 => offset_of!(Cpu, cr3),
+            _ => offset_of!(Cpu, cr4),
+        };
+        self.cpu + offset as u32
     }
     pub fn efer(&self) -> u32 {
         self.cpu + offset_of!(Cpu, efer) as u32

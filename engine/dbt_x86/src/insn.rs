@@ -60,6 +60,14 @@ pub enum Kind {
     SwapGs,
     SystemCall,
     SystemReturn,
+    /// CLD.
+    ClearDirection,
+    /// MOV from the control register of this number.
+    ReadControl(usize),
+    /// RDTSC, and with `aux` RDTSCP.
+    ReadTime {
+        aux: bool,
+    },
     /// STAC (true) and CLAC.
     SetAccess(bool),
     /// BT, BTS, BTR, BTC of a bit in memory by a register's number, in elements of so many bytes.
@@ -447,6 +455,15 @@ fn special(i: &Instruction, mode: Mode) -> Option<Kind> {
         Code::Swapgs if mode.is_ring0() => Some(Kind::SwapGs),
         Code::Syscall if !mode.is_ring0() && !mode.is_32() => Some(Kind::SystemCall),
         Code::Sysretq if mode.is_ring0() => Some(Kind::SystemReturn),
+        Code::Cld => Some(Kind::ClearDirection),
+        Code::Mov_r64_cr
+            if mode.is_ring0() && matches!(i.op1_register().number(), 0 | 2 | 3 | 4) =>
+        {
+            Some(Kind::ReadControl(i.op1_register().number()))
+        }
+        // If ticks are counted, time may depend on them.
+        Code::Rdtsc if !mode.counted => Some(Kind::ReadTime { aux: false }),
+        Code::Rdtscp if !mode.counted => Some(Kind::ReadTime { aux: true }),
         Code::Stac if mode.is_ring0() => Some(Kind::SetAccess(true)),
         Code::Clac if mode.is_ring0() => Some(Kind::SetAccess(false)),
         Code::Bt_rm32_r32 | Code::Bt_rm64_r64 if memory => bit(false),

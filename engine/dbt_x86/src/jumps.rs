@@ -4,6 +4,9 @@
 //! until their space is used again.
 
 use std::collections::HashSet;
+use std::hash::BuildHasherDefault;
+
+use lodger_softmmu::AddressHasher;
 
 use crate::cache::BlockId;
 use crate::env::{Env, JUMP_SLOTS};
@@ -32,7 +35,7 @@ pub struct Jumps {
     space: u16,
     spaces: Vec<(u16, Vec<Filled>)>,
     /// Linear pages that something leads to, in any address space, and as global ones.
-    reached: [HashSet<u64>; 2],
+    reached: [HashSet<u64, BuildHasherDefault<AddressHasher>>; 2],
     /// Where empty slots lead.
     miss: u64,
 }
@@ -89,6 +92,25 @@ impl Jumps {
         true
     }
 
+    /// The current address space.
+    pub fn space(&self) -> u16 {
+        self.space
+    }
+
+    /// Empties slots of blocks that are not global unless `stays`.
+    pub fn retain(&mut self, env: &mut Env, mut stays: impl FnMut(&Filled) -> bool) {
+        let mut local = std::mem::take(&mut self.filled[0]);
+        local.retain(|filled| {
+            let there = env.jumps[filled.slot as usize] == u64::from(filled.entry);
+            let stays = there && stays(filled);
+            if !stays {
+                self.empty(env, filled);
+            }
+            stays
+        });
+        self.filled[0] = local;
+    }
+
     /// Empties all slots.
     pub fn clear(&mut self, env: &mut Env) {
         for filled in self.filled.iter().flatten() {
@@ -129,10 +151,11 @@ impl Jumps {
         local.truncate(KEPT);
         self.spaces.push((self.space, local));
         self.space = space;
-        let kept = new.filter(|_| keep).into_iter().flatten();
-        for filled in kept.filter(|filled| valid(filled.block)) {
+        let mut new = new.unwrap_or_default();
+        new.retain(|filled| keep && valid(filled.block));
+        for filled in &new {
             env.jumps[filled.slot as usize] = filled.entry.into();
-            self.filled[0].push(filled);
         }
+        self.filled[0] = new;
     }
 }

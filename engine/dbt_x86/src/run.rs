@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use lodger_host_sys::low::LowBox;
-use lodger_interp::{CodeSize, Cpu, Next, RIP, Translator, canonical, seg};
+use lodger_interp::{CodeSize, Cpu, Next, RIP, Switch, Translator, canonical, seg};
 use lodger_softmmu::{Direction, MmuIndex, TlbEntry};
 use lodger_vcpu::EngineError;
 use lodger_x86::bits::{RFlags, STATUS_FLAGS, cr4};
@@ -93,6 +93,7 @@ impl Dbt {
         env.sign_mask = 1 << 63;
         env.no_if_mask = !RFlags::IF.bits();
         env.no_ac_mask = !RFlags::AC.bits();
+        env.no_df_mask = !RFlags::DF.bits();
         env.bit_masks = [31, 63];
         env.upper_mask = !0 << 47;
         env.sites.fill(SiteEntry::EMPTY);
@@ -135,8 +136,14 @@ impl Dbt {
         if changes.all {
             self.cache.all_mappings_changed(&mut self.env);
         }
-        if let Some((space, keep)) = changes.space {
-            self.cache.switch_space(&mut self.env, space, keep);
+        if let Some(switch) = changes.space {
+            // A processor may walk page tables at any time, but where instructions are counted it does the same each time.
+            let same_tables = switch.same_tables && !self.counted && !changes.all;
+            let switch = Switch {
+                same_tables,
+                ..switch
+            };
+            self.cache.switch_space(cpu, &mut self.env, switch);
         }
         for linear in changes.pages {
             self.cache.mapping_changed(&mut self.env, linear);
@@ -387,6 +394,14 @@ impl Dbt {
                         }
                         self.cache.counters.tlb_misses += 1;
                         target = retry.into();
+                    }
+                    Site::Time { rip, resume, aux } => {
+                        self.cache.counters.clock_reads += 1;
+                        if !cpu.read_time(aux) {
+                            cpu.set_rip(rip);
+                            return Next::Interpret;
+                        }
+                        target = resume.into();
                     }
                     Site::Requests { rip } => {
                         self.cache.counters.requests += 1;

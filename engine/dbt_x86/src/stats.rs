@@ -23,6 +23,7 @@ pub struct Counters {
     pub slow_accesses: u64,
     pub traps: u64,
     pub requests: u64,
+    pub clock_reads: u64,
     /// Jump tables emptied.
     pub local_flushes: u64,
     pub full_flushes: u64,
@@ -50,6 +51,7 @@ impl Default for Counters {
             slow_accesses: 0,
             traps: 0,
             requests: 0,
+            clock_reads: 0,
             local_flushes: 0,
             full_flushes: 0,
             interpreted: vec![0; CODES],
@@ -89,6 +91,7 @@ pub fn sum(shared: &Shared) -> Vec<(String, u64)> {
         add("accesses interpreted", c.slow_accesses);
         add("host traps", c.traps);
         add("exits for requests", c.requests);
+        add("exits for the clock", c.clock_reads);
         for (sum, count) in interpreted.iter_mut().zip(c.interpreted) {
             *sum += count;
         }

@@ -171,6 +171,37 @@ impl Block<'_> {
         self.jump_to(MmuIndex::User);
     }
 
+    /// CLD.
+    pub fn clear_direction(&mut self) {
+        let flags = abs(self.layout.rflags());
+        self.code.op(Op::Mov, T, flags);
+        self.clear_bits(self.layout.no_df_mask());
+        self.code.op(Op::Store, T, flags);
+    }
+
+    /// MOV from CR0, CR2, CR3, CR4 in ring 0.
+    pub fn read_control(&mut self, i: &Instruction, number: usize) {
+        let register = i.op0_register();
+        let place = low(self.layout.control(number));
+        let host = self.scratch_for(register);
+        self.asm([Instruction::with2(Code::Mov_r64_rm64, host, place)]);
+        self.store_for(register);
+    }
+
+    /// RDTSC and RDTSCP: time is not ours to look at.
+    pub fn read_time(&mut self, i: &Instruction, aux: bool) {
+        let number = self.sites.len();
+        self.leave_at(Site::Time {
+            rip: i.ip(),
+            resume: 0,
+            aux,
+        });
+        let here = self.code.here() as u32;
+        if let Site::Time { resume, .. } = &mut self.sites[number] {
+            *resume = here;
+        }
+    }
+
     /// STAC and CLAC in ring 0.
     pub fn set_access(&mut self, i: &Instruction, on: bool) {
         let flags = abs(self.layout.rflags());

@@ -67,6 +67,8 @@ pub enum Site {
         /// Instructions of the block from this one on, if ticks are counted.
         rest: u8,
     },
+    /// RDTSC, and with `aux` RDTSCP, at `rip`; the code behind it is at `resume`.
+    Time { rip: u64, resume: u32, aux: bool },
     /// There are requests; go on at `rip`.
     Requests { rip: u64 },
     /// An indirect jump of the instruction at `rip`; to undo it, `undo` is to be added to RSP.
@@ -551,6 +553,9 @@ impl<'a> Block<'a> {
             Kind::SwapGs => self.swap_gs(),
             Kind::SystemCall => self.system_call(i, self.interpret(insn)),
             Kind::SystemReturn => self.system_return(self.interpret(insn)),
+            Kind::ClearDirection => self.clear_direction(),
+            Kind::ReadControl(number) => self.read_control(i, number),
+            Kind::ReadTime { aux } => self.read_time(i, aux),
             Kind::SetAccess(on) => self.set_access(i, on),
             Kind::BitMemory { size, write } => self.bit(insn, size, write)?,
             Kind::ReadBase(segment) => self.read_base(i, segment),

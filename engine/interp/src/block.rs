@@ -8,12 +8,13 @@
 //! Blocks are freed only all together, when there are too many, and never while one is being executed.
 
 use std::collections::{HashMap, HashSet};
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::BuildHasherDefault;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
 use lodger_guest_memory::Tracker;
 use lodger_native::Full;
+use lodger_softmmu::AddressHasher;
 use lodger_x86::Exception;
 use lodger_x86::paging::Access;
 
@@ -67,26 +68,6 @@ struct Fetch {
     key: u64,
     physical: u64,
     global: bool,
-}
-
-/// A hash for addresses.
-#[derive(Default)]
-struct AddressHasher(u64);
-
-impl Hasher for AddressHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for b in bytes {
-            self.write_u64(u64::from(*b));
-        }
-    }
-    fn write_u64(&mut self, value: u64) {
-        self.0 = (self.0 ^ value)
-            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
-            .rotate_left(26);
-    }
 }
 
 /// The blocks of one vCPU.
@@ -317,6 +298,16 @@ impl Cpu {
             global,
         };
         Ok((physical | linear & (PAGE - 1), global))
+    }
+
+    /// Guest-physical page that user code at `linear` is fetched from, by the page tables as they are.
+    pub fn user_code_page(&mut self, linear: u64) -> Option<u64> {
+        let mmu = std::mem::replace(&mut self.mmu, lodger_softmmu::MmuIndex::User);
+        let translation = self.translate(linear, Access::Execute);
+        self.mmu = mmu;
+        let translation = translation.ok()?;
+        self.tlb.note_size(linear, translation.size);
+        Some(translation.page)
     }
 
     /// Takes an outdated block into use again if its own bytes have not changed.

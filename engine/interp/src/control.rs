@@ -7,6 +7,7 @@ use crate::cpu::{Cpu, Exec, Stop, seg};
 use crate::op::Op;
 use crate::rare::{read_rm, register, write_system_word};
 use crate::segment::privileged;
+use crate::translator::Switch;
 
 impl Cpu {
     /// Drops all translations, of all address spaces.
@@ -16,7 +17,11 @@ impl Cpu {
         self.tlb.switch(space, false);
         self.blocks.all_mappings_changed();
         self.changes.everything();
-        self.changes.switch(space, false);
+        self.changes.switch(Switch {
+            space,
+            keep: false,
+            same_tables: false,
+        });
     }
 
     /// The process-context identifier: which address space translations that are not global belong to.
@@ -27,12 +32,16 @@ impl Cpu {
         }
     }
 
-    /// Goes on in the address space of CR3. Unless `keep`, its translations are dropped but for those of global pages.
-    pub fn switch_space(&mut self, keep: bool) {
+    /// Goes on in the address space of CR3, which was `old`. Unless `keep`, its translations are dropped but for those of global pages.
+    pub fn switch_space(&mut self, old: u64, keep: bool) {
         let space = self.space();
         self.tlb.switch(space, keep);
         self.blocks.local_mappings_changed();
-        self.changes.switch(space, keep);
+        self.changes.switch(Switch {
+            space,
+            keep,
+            same_tables: (self.cr3 ^ old) >> 12 == 0,
+        });
     }
 
     /// Drops the translation of the page at `linear`.
@@ -108,8 +117,8 @@ impl Cpu {
             return self.gp0();
         }
         self.pdptes = self.pdptes_under(self.cr0, value, self.cr4, self.efer)?;
-        self.cr3 = value;
-        self.switch_space(keep);
+        let old = std::mem::replace(&mut self.cr3, value);
+        self.switch_space(old, keep);
         Ok(())
     }
 

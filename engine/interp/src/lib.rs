@@ -51,6 +51,6 @@ mod word;
 pub use cpu::{CodeSize, Cpu, RIP, Stop, seg};
 pub use features::host_features;
 pub use memory::canonical;
-pub use translator::{Changes, Next, Translator};
+pub use translator::{Changes, Next, Switch, Translator};
 pub use vm::request::TIMER;
 pub use vm::{InterpEngine, MAX_VCPUS, create_vm};

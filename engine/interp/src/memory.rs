@@ -356,8 +356,9 @@ impl Cpu {
         };
         let host = page.host;
         if !self.watch.any() {
-            let write = access == Access::Write
-                && translation.writable
+            // A read may enter the right to write, too, unless that would mark a page dirty that is not.
+            let write = translation.writable
+                && (access == Access::Write || page.tracker.is_dirty(page.index))
                 && page.tracker.cache_write(page.index);
             self.tlb.fill(
                 self.mmu,
@@ -491,33 +492,33 @@ unsafe fn atomically<T: Word, R>(host: *mut u8, mut update: impl FnMut(T) -> (T,
     }
 }
 
-/// Bytes of the largest access within `rest`.
-fn piece(rest: usize) -> usize {
-    match rest {
-        8.. => 8,
-        _ => 1 << rest.ilog2(),
-    }
-}
-
 /// Copies from RAM; naturally aligned sizes in one access.
 ///
 /// # Safety
 /// `host` is readable for `data.len()` bytes.
 pub(crate) unsafe fn load_bytes(host: *const u8, data: &mut [u8]) {
+    let mut from = host;
+    let (words, rest) = data.as_chunks_mut::<8>();
+    for word in words {
+        // SAFETY: the caller's promise.
+        unsafe {
+            *word = u64::load(from).to_le_bytes();
+            from = from.add(8);
+        }
+    }
     let mut at = 0;
-    while at < data.len() {
-        let n = piece(data.len() - at);
+    while at < rest.len() {
+        let n = 1 << (rest.len() - at).ilog2();
         // SAFETY: the caller's promise; `at + n` is within the data.
         let value = unsafe {
-            let from = host.add(at);
+            let from = from.add(at);
             match n {
-                8 => u64::load(from),
                 4 => u64::from(u32::load(from)),
                 2 => u64::from(u16::load(from)),
                 _ => u64::from(u8::load(from)),
             }
         };
-        data[at..at + n].copy_from_slice(&value.to_le_bytes()[..n]);
+        rest[at..at + n].copy_from_slice(&value.to_le_bytes()[..n]);
         at += n;
     }
 }
@@ -527,17 +528,25 @@ pub(crate) unsafe fn load_bytes(host: *const u8, data: &mut [u8]) {
 /// # Safety
 /// `host` is writable for `data.len()` bytes.
 unsafe fn store_bytes(host: *mut u8, data: &[u8]) {
+    let mut to = host;
+    let (words, rest) = data.as_chunks::<8>();
+    for word in words {
+        // SAFETY: the caller's promise.
+        unsafe {
+            u64::store(to, u64::from_le_bytes(*word));
+            to = to.add(8);
+        }
+    }
     let mut at = 0;
-    while at < data.len() {
-        let n = piece(data.len() - at);
+    while at < rest.len() {
+        let n = 1 << (rest.len() - at).ilog2();
         let mut value = [0; 8];
-        value[..n].copy_from_slice(&data[at..at + n]);
+        value[..n].copy_from_slice(&rest[at..at + n]);
         let value = u64::from_le_bytes(value);
         // SAFETY: the caller's promise; `at + n` is within the data.
         unsafe {
-            let to = host.add(at);
+            let to = to.add(at);
             match n {
-                8 => u64::store(to, value),
                 4 => u32::store(to, value as u32),
                 2 => u16::store(to, value as u16),
                 _ => u8::store(to, value as u8),

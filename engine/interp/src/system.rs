@@ -30,6 +30,20 @@ impl Cpu {
         u64::from_le_bytes(bytes)
     }
 
+    /// RDTSC and, with `aux`, RDTSCP, if it may be read.
+    pub fn read_time(&mut self, aux: bool) -> bool {
+        if self.cr4 & cr4::TSD != 0 && self.cpl > 0 {
+            return false;
+        }
+        let tsc = self.tsc();
+        self.set(gpr::RAX, tsc as u32);
+        self.set(gpr::RDX, (tsc >> 32) as u32);
+        if aux {
+            self.set(gpr::RCX, self.msrs.tsc_aux as u32);
+        }
+        true
+    }
+
     /// User-mode instruction prevention: #GP(0).
     pub(crate) fn check_umip(&mut self) -> Exec {
         if self.cr4 & cr4::UMIP != 0 && self.cpl > 0 {
@@ -122,16 +136,10 @@ pub fn write_back(c: &mut Cpu) -> Exec {
 
 /// RDTSC and, with `aux`, RDTSCP.
 pub fn rdtsc(c: &mut Cpu, aux: bool) -> Exec {
-    if c.cr4 & cr4::TSD != 0 && c.cpl > 0 {
-        return c.gp0();
+    match c.read_time(aux) {
+        true => Ok(()),
+        false => c.gp0(),
     }
-    let tsc = c.tsc();
-    c.set(gpr::RAX, tsc as u32);
-    c.set(gpr::RDX, (tsc >> 32) as u32);
-    if aux {
-        c.set(gpr::RCX, c.msrs.tsc_aux as u32);
-    }
-    Ok(())
 }
 
 /// RDPID.

@@ -268,8 +268,9 @@ impl Cpu {
         new.attributes |= 2;
         self.tr = new;
         if paging.cr3 != self.cr3 {
-            (self.cr3, self.pdptes) = (paging.cr3, paging.pdptes);
-            self.switch_space(false);
+            let old = std::mem::replace(&mut self.cr3, paging.cr3);
+            self.pdptes = paging.pdptes;
+            self.switch_space(old, false);
         }
         self.cr0 |= cr0::TS;
         // The local enable bits.

@@ -83,6 +83,17 @@ impl Translator for Absent {
     fn due(&mut self, _: &mut Cpu, _: Option<u64>) {}
 }
 
+/// A switch to an address space.
+#[derive(Debug, Clone, Copy)]
+pub struct Switch {
+    /// Its number.
+    pub space: u16,
+    /// What was known of it is still true.
+    pub keep: bool,
+    /// Its page tables are those that were in use before.
+    pub same_tables: bool,
+}
+
 /// What has happened to cached translations of addresses and code since a translator looked.
 #[derive(Debug, Default)]
 pub struct Changes {
@@ -90,9 +101,8 @@ pub struct Changes {
     pub wanted: bool,
     /// All mappings may have changed.
     pub all: bool,
-    /// Another address space is in use, or the same anew: its number, and whether what was known of it is still true. What is not
-    /// global belongs to an address space. Goes before `pages`.
-    pub space: Option<(u16, bool)>,
+    /// Another address space is in use, or the same anew. What is not global belongs to an address space. Goes before `pages`.
+    pub space: Option<Switch>,
     /// Linear pages whose mapping may have changed.
     pub pages: Vec<u64>,
     /// Guest-physical pages to which writing has been taken back.
@@ -123,13 +133,13 @@ impl Changes {
         self.protected.clear();
     }
 
-    /// Address space `space` is in use now; `keep`: what was known of it is still true.
-    pub fn switch(&mut self, space: u16, keep: bool) {
+    /// An address space is in use now.
+    pub fn switch(&mut self, switch: Switch) {
         if self.space.is_some() || !self.pages.is_empty() {
             // The order would matter.
             self.everything();
         }
-        self.space = Some((space, keep));
+        self.space = Some(switch);
     }
 
     /// The mapping of the page at `linear` may have changed.

@@ -7,8 +7,10 @@
 // UNSAFETY: reads and writes guest RAM through raw pointers into its mapping.
 #![allow(unsafe_code)]
 
+mod hash;
 mod ram;
 mod tlb;
 
+pub use hash::AddressHasher;
 pub use ram::{Ram, RamPage};
 pub use tlb::{Direction, ENTRIES, MmuIndex, Tlb, TlbEntry};

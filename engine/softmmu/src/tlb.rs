@@ -4,12 +4,14 @@
 //! another page and for an access that leaves the page. The layout is known to translated code.
 
 use std::collections::HashSet;
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::BuildHasherDefault;
 use std::io;
 use std::mem::offset_of;
 
 use lodger_guest_memory::PAGE_SIZE;
 use lodger_host_sys::low::LowBox;
+
+use crate::hash::AddressHasher;
 
 /// Which rights a table was filled with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,28 +126,12 @@ pub struct Tlb {
     /// The current address space, and others, the latest last.
     space: u16,
     spaces: Vec<Space>,
+    /// Room for the entries of one.
+    spare: Vec<Kept>,
     /// Mappings larger than 4 KiB that entries were made from: address, and log2 of the size in its low bits. INVLPG means all of one.
     large: HashSet<u64, BuildHasherDefault<AddressHasher>>,
     /// How often entries have been dropped or lost a permission.
     age: u64,
-}
-
-/// A hash for addresses.
-#[derive(Default)]
-struct AddressHasher(u64);
-
-impl Hasher for AddressHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|b| self.write_u64(u64::from(*b)));
-    }
-    fn write_u64(&mut self, value: u64) {
-        self.0 = (self.0 ^ value)
-            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
-            .rotate_left(26);
-    }
 }
 
 /// Log2 of the sizes of large mappings; the last stands for all addresses (no paging).
@@ -176,6 +162,7 @@ impl Tlb {
             filled: Default::default(),
             space: 0,
             spaces: Vec::new(),
+            spare: Vec::new(),
             large: HashSet::default(),
             age: 0,
         })
@@ -305,11 +292,10 @@ impl Tlb {
         }
         let known = self.spaces.iter().position(|s| s.number == space);
         let new = known.map(|n| self.spaces.remove(n));
-        let mut entries = match self.spaces.len() {
-            SPACES => self.spaces.remove(0).entries,
-            _ => Vec::new(),
-        };
-        entries.clear();
+        if self.spaces.len() == SPACES {
+            self.spaces.remove(0);
+        }
+        let mut entries = std::mem::take(&mut self.spare);
         self.take_local(|kept| {
             if entries.len() < KEPT {
                 entries.push(kept);
@@ -320,7 +306,8 @@ impl Tlb {
             number: old,
             entries,
         });
-        for kept in new.filter(|_| keep).iter().flat_map(|s| &s.entries) {
+        let mut entries = new.map(|space| space.entries).unwrap_or_default();
+        for kept in entries.drain(..).filter(|_| keep) {
             self.put(
                 kept.index,
                 kept.slot.into(),
@@ -329,6 +316,7 @@ impl Tlb {
                 kept.facts,
             );
         }
+        self.spare = entries;
     }
 
     /// Drops the translation of the page at `linear` from the current address space (INVLPG), also if it is part of a large page;

@@ -160,6 +160,12 @@ impl Tracker {
         }
     }
 
+    /// Whether `page` is marked dirty.
+    pub fn is_dirty(&self, page: usize) -> bool {
+        let word = self.pages.dirty[page / 64].load(Ordering::Acquire);
+        word >> (page % 64) & 1 != 0
+    }
+
     /// Reads and clears the dirty bits, 64 pages a word, from the region's start.
     pub fn take_dirty(&self) -> Vec<u64> {
         let words = self.pages.dirty.iter();
@@ -237,6 +243,7 @@ mod tests {
         t.mark_dirty(63 * 4096 + 4000, 200);
         t.slice_at(128 * 4096).mark_dirty(0, 1);
         assert!(t.dirty_at(64 * 4096) && !t.dirty_at(65 * 4096));
+        assert!(t.is_dirty(64) && !t.is_dirty(65));
         assert_eq!(t.take_dirty(), [1 << 63, 1, 1, 0]);
         assert_eq!(t.take_dirty(), [0; 4]);
     }
