@@ -9,7 +9,7 @@ use std::ops::Deref;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, flock, fstatfs};
 use rustix::io::Errno;
 
 use crate::Format;
@@ -263,4 +263,10 @@ pub(crate) fn read_padded(file: &File, offset: u64, buf: &mut [u8]) -> io::Resul
         }
     }
     Ok(())
+}
+
+/// Whether the file is on a file system that has no disk.
+pub(crate) fn is_in_memory(file: &File) -> bool {
+    const TMPFS_MAGIC: u64 = 0x0102_1994; // statfs(2)
+    fstatfs(file).is_ok_and(|fs| fs.f_type as u64 == TMPFS_MAGIC)
 }

@@ -80,11 +80,13 @@ pub trait BlockBackend: Send + Sync {
     }
 }
 
-/// A file that has bytes of a disk, at the offset that they have there.
+/// A file that has bytes of a disk.
 #[derive(Debug, Clone, Copy)]
 pub struct Direct<'a> {
     /// The file.
     pub file: BorrowedFd<'a>,
+    /// Where in it they begin.
+    pub offset: u64,
     /// All of it is in memory: reading it never waits for a disk.
     pub in_memory: bool,
 }

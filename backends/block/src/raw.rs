@@ -12,10 +12,10 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fdatasync, fstatfs, seek};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fdatasync, seek};
 use rustix::io::Errno;
 
-use crate::file::{Content, ImageFile, LONGEST_MAGIC, LockedFile};
+use crate::file::{Content, ImageFile, LONGEST_MAGIC, LockedFile, is_in_memory};
 use crate::{BlockBackend, Direct, Extent, Format, OpenError, SECTOR_SIZE};
 
 /// The most zeroes that are written with one call where holes are not supported, in bytes.
@@ -115,12 +115,6 @@ impl RawFile {
     }
 }
 
-/// Whether the file is on a file system that has no disk.
-fn is_in_memory(file: &File) -> bool {
-    const TMPFS_MAGIC: u64 = 0x0102_1994; // statfs(2)
-    fstatfs(file).is_ok_and(|fs| fs.f_type as u64 == TMPFS_MAGIC)
-}
-
 impl BlockBackend for RawFile {
     fn size_bytes(&self) -> u64 {
         self.size
@@ -175,6 +169,7 @@ impl BlockBackend for RawFile {
         let refused = write && (self.read_only || self.guarded && offset < LONGEST_MAGIC as u64);
         (!padded && !refused).then(|| Direct {
             file: self.file.as_fd(),
+            offset,
             in_memory: self.in_memory,
         })
     }

@@ -345,8 +345,14 @@ impl Disk {
             false => Wait::Never,
         };
         let done = match write {
-            false => chain.read_file(0, len as usize, direct.file, start, wait),
-            true => chain.write_file(HEADER as u64, len as usize, direct.file, start, wait),
+            false => chain.read_file(0, len as usize, direct.file, direct.offset, wait),
+            true => chain.write_file(
+                HEADER as u64,
+                len as usize,
+                direct.file,
+                direct.offset,
+                wait,
+            ),
         };
         if done.ok()? as u64 != len {
             return None;
@@ -367,10 +373,10 @@ impl Disk {
             if let Some(direct) = self.backend.direct(start + at, len, false) {
                 let mut done = 0;
                 while done < len {
-                    let (from, left) = (at + done, (len - done) as usize);
-                    let wait = Wait::Allowed;
-                    let n =
-                        self.host(chain.read_file(from, left, direct.file, start + from, wait))?;
+                    let (to, left) = (at + done, (len - done) as usize);
+                    let from = direct.offset + done;
+                    let n = chain.read_file(to, left, direct.file, from, Wait::Allowed);
+                    let n = self.host(n)?;
                     if n == 0 {
                         // Somebody else has cut the file short.
                         self.host(Err::<(), _>(io::ErrorKind::UnexpectedEof.into()))?;
@@ -401,13 +407,8 @@ impl Disk {
                 let mut done = 0;
                 while done < len {
                     let (from, left) = (at + done, (len - done) as usize);
-                    let n = chain.write_file(
-                        BEHIND + from,
-                        left,
-                        direct.file,
-                        start + from,
-                        Wait::Allowed,
-                    );
+                    let to = direct.offset + done;
+                    let n = chain.write_file(BEHIND + from, left, direct.file, to, Wait::Allowed);
                     match self.host(n)? {
                         0 => self.host(Err::<(), _>(io::ErrorKind::WriteZero.into()))?,
                         n => done += n as u64,

@@ -3,13 +3,14 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::file::{ImageFile, read_padded};
+use crate::file::{ImageFile, is_in_memory, read_padded};
 use crate::qcow2::header::{Compression, Header, Mapping, OFFSET};
 use crate::qcow2::{damaged, open_backing};
-use crate::{BlockBackend, Extent, OpenError, check_range};
+use crate::{BlockBackend, Direct, Extent, OpenError, check_range};
 
 /// Bytes of L2 tables, and of decompressed clusters, that are kept.
 const KEPT: u64 = 8 << 20;
@@ -22,6 +23,8 @@ pub(crate) struct Reader {
     tables: Kept<[u64]>,
     clusters: Kept<[u8]>,
     backing: Option<Arc<dyn BlockBackend>>,
+    /// It is on a tmpfs.
+    in_memory: bool,
 }
 
 /// The values that were used last, by their place in the file.
@@ -44,6 +47,11 @@ impl<T: ?Sized> Kept<T> {
                 uses: 0,
             }),
         }
+    }
+
+    fn has(&self, key: u64) -> bool {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.values.contains_key(&key)
     }
 
     /// The value at `key`, made by `load` if it is not kept.
@@ -95,6 +103,7 @@ impl Reader {
         let l1 = l1.map_err(|e| damaged(path, format!("its L1 table: {e}")))?;
         let most = KEPT >> header.cluster_bits;
         Ok(Reader {
+            in_memory: is_in_memory(&image.file),
             image,
             header,
             l1,
@@ -156,6 +165,12 @@ impl Reader {
         let per_table = self.header.l2_entries();
         let entry = *self.l1.get((cluster / per_table) as usize)?;
         (entry & OFFSET == 0).then(|| per_table - cluster % per_table)
+    }
+
+    /// Whether the table in which the cluster is looked up is at hand.
+    fn is_known(&self, cluster: u64) -> bool {
+        let entry = self.l1.get((cluster / self.header.l2_entries()) as usize);
+        entry.is_none_or(|entry| entry & OFFSET == 0 || self.tables.has(entry & OFFSET))
     }
 
     fn decompress(&self, at: u64, len: u64) -> io::Result<Arc<[u8]>> {
@@ -303,6 +318,32 @@ impl BlockBackend for Reader {
                 })
             }
             _ => Ok(Extent { len, zero: false }),
+        }
+    }
+
+    fn direct(&self, offset: u64, len: u64, write: bool) -> Option<Direct<'_>> {
+        let bits = self.header.cluster_bits;
+        let (first, last) = (offset >> bits, (offset + len).checked_sub(1)? >> bits);
+        // A table that must be read first is for those who may wait.
+        if write || !self.is_known(first) || !self.is_known(last) {
+            return None;
+        }
+        match self.piece(first, last).ok()? {
+            (Mapping::Data { at }, clusters) if first + clusters > last => {
+                let offset = at + (offset - (first << bits));
+                let inside = offset.checked_add(len)? <= self.image.len;
+                inside.then(|| Direct {
+                    file: self.image.file.as_fd(),
+                    offset,
+                    in_memory: self.in_memory,
+                })
+            }
+            (Mapping::Backing, clusters) if first + clusters > last => {
+                let backing = self.backing.as_ref()?;
+                let inside = offset + len <= backing.size_bytes();
+                inside.then(|| backing.direct(offset, len, false))?
+            }
+            _ => None,
         }
     }
 

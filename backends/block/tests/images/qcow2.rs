@@ -244,6 +244,50 @@ fn a_temporary_disk_begins_with_an_image() {
     assert!(std::fs::read(&path).expect("the image") == file);
 }
 
+/// What is said to be in a file is there.
+#[test]
+fn bytes_are_found_in_files() {
+    use std::os::unix::fs::FileExt;
+    let dir = dir();
+    let (file, disk) = Sample::PLAIN.build(8);
+    let base = put(&dir, "base", &file);
+    let top = dir.path().join("top");
+    new(&top, disk.len() as u64 + 4096, Some("base"));
+    {
+        let top = open(&top, false, Some(Format::Qcow2)).expect("it can be opened");
+        top.write_at(5 << 16, &[9; 1 << 16]).expect("written");
+        top.flush().expect("flushed");
+    }
+    let overlay = Overlay::open(&base, None, dir.path()).expect("it can be opened");
+    let disks: [(Arc<dyn BlockBackend>, usize); 3] = [
+        (open(&base, true, None).expect("opened"), 2),
+        (open(&top, true, Some(Format::Qcow2)).expect("opened"), 3),
+        (Arc::new(overlay), 2),
+    ];
+    for (disk, expected) in disks {
+        let mut found = 0;
+        for cluster in 0..8_u64 {
+            let (at, len) = ((cluster << 16) + 512, 5000);
+            let mut bytes = vec![0; len];
+            disk.read_at(at, &mut bytes).expect("read");
+            assert!(disk.direct(at, len as u64, true).is_none());
+            let Some(direct) = disk.direct(at, len as u64, false) else {
+                continue;
+            };
+            found += 1;
+            let file = direct.file.try_clone_to_owned().expect("a file");
+            let mut there = vec![1; len];
+            let read = std::fs::File::from(file).read_exact_at(&mut there, direct.offset);
+            read.expect("read");
+            assert!(there == bytes, "{cluster}");
+            // Not beyond what is in one piece.
+            assert!(disk.direct(at, 1 << 16, false).is_none());
+        }
+        assert_eq!(found, expected);
+        assert!(disk.direct(disk.size_bytes() - 512, 512, false).is_none());
+    }
+}
+
 #[test]
 fn several_threads_write_at_once() {
     let dir = dir();
