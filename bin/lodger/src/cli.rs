@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::spec::Restart;
 pub use vms::{
     ConsoleArgs, DownArgs, FileArgs, Keeping, Label, LogsArgs, ManArgs, PsArgs, RmArgs, SetArgs,
-    StopArgs, UpArgs, Vms,
+    StartArgs, StopArgs, UpArgs, Vms,
 };
 
 use crate::disk::DiskCommand;
@@ -85,7 +85,7 @@ pub enum Command {
     /// List virtual machines
     Ps(PsArgs),
     /// Start stopped virtual machines again, in the background
-    Start(Vms),
+    Start(StartArgs),
     /// Stop virtual machines: press the power button, and end them if they take too long
     Stop(StopArgs),
     /// Stop virtual machines and start them again

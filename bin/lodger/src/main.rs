@@ -41,7 +41,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Run(args) => run::run(&args, cli.verbose, cli.quiet),
         Command::Ps(args) => vms::ps(&args, cli.quiet),
-        Command::Start(vms) => vms::start(&vms, cli.verbose),
+        Command::Start(args) => vms::start(&args, cli.verbose, cli.quiet),
         Command::Stop(args) => vms::stop(&args, cli.quiet),
         Command::Restart(args) => vms::restart(&args, cli.verbose, cli.quiet),
         Command::Kill(vms) => vms::kill(&vms),

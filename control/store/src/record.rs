@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use lodger_control::Ending;
@@ -221,15 +221,35 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StoreError> 
     serde_json::from_slice(&text).map(Some).map_err(damaged)
 }
 
-/// The file has its old or its new contents, also after a power failure.
+/// The file has its old or its new contents, also after a power failure. Only on a full disk it is written in place, which
+/// takes no space: that a VM has ended is to be told all the same.
 fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), StoreError> {
-    let new = path.with_extension("json.new");
     let write = || -> io::Result<()> {
         let mut text = serde_json::to_vec_pretty(value)?;
         text.push(b'\n');
-        fs::write(&new, text)?;
-        fs::File::open(&new)?.sync_all()?;
-        fs::rename(&new, path)
+        let new = path.with_extension("json.new");
+        let replaced = || -> io::Result<()> {
+            fs::write(&new, &text)?;
+            fs::File::open(&new)?.sync_all()?;
+            fs::rename(&new, path)
+        };
+        match replaced() {
+            Err(error) if error.kind() == io::ErrorKind::StorageFull => {
+                // Fails if it is not there.
+                let _ = fs::remove_file(&new);
+                let file = fs::File::options().write(true).open(path);
+                file.map_err(|_| error)
+                    .and_then(|file| overwrite(&file, &text))
+            }
+            result => result,
+        }
     };
     write().map_err(at(path))
+}
+
+/// Replaces a file's contents without freeing its space first.
+fn overwrite(mut file: &fs::File, text: &[u8]) -> io::Result<()> {
+    file.write_all(text)?;
+    file.set_len(text.len() as u64)?;
+    file.sync_all()
 }

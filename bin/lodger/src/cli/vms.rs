@@ -91,6 +91,16 @@ pub struct PsArgs {
     pub labels: Vec<Label>,
 }
 
+/// `lodger start`.
+#[derive(Debug, Args)]
+pub struct StartArgs {
+    #[command(flatten)]
+    pub vms: Vms,
+    /// Connect this terminal to the console, as `lodger console` does; for one machine
+    #[arg(short, long)]
+    pub attach: bool,
+}
+
 /// `lodger stop`.
 #[derive(Debug, Args)]
 pub struct StopArgs {

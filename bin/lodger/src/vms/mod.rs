@@ -23,7 +23,7 @@ pub use set::{rename, set};
 pub use stop::{kill, pause, remove, restart, stop, wait};
 pub use up::{down, up};
 
-use crate::cli::{Keeping, RunArgs, Vms};
+use crate::cli::{ConsoleArgs, Keeping, RunArgs, StartArgs, Vms};
 use crate::messages;
 use crate::monitor;
 use crate::run;
@@ -97,11 +97,22 @@ pub fn write_down(claim: &mut Claim, args: &RunArgs, spec: &VmSpec) -> Result<()
 }
 
 /// `lodger start`.
-pub fn start(vms: &Vms, verbose: u8) -> Result<ExitCode, Error> {
-    each(vms, |store, text| {
+pub fn start(args: &StartArgs, verbose: u8, quiet: bool) -> Result<ExitCode, Error> {
+    let Vms { vms } = &args.vms;
+    if args.attach && vms.len() > 1 {
+        let text = "--attach: a terminal shows one machine at a time";
+        return Err(Error::Usage(text.into()));
+    }
+    let started = each(&args.vms, |store, text| {
         let vm = store.find(text)?;
         start_one(store, &vm.name, verbose)
-    })
+    })?;
+    match vms.first() {
+        Some(vm) if args.attach && started == ExitCode::SUCCESS => {
+            console(&ConsoleArgs { vm: vm.clone() }, quiet)
+        }
+        _ => Ok(started),
+    }
 }
 
 fn start_one(store: &Store, name: &Name, verbose: u8) -> Result<(), Error> {

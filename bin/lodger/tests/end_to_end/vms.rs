@@ -323,6 +323,11 @@ fn consoles_come_and_go() {
     let wait = home.lodger(&["wait", "echo"]).expect(0);
     assert_eq!(wait.text(), "1\n");
     home.lodger(&["console", "echo"]).expect(1);
+    let mut third = home.start(&["start", "--attach", "echo"]);
+    third.type_in("HAL");
+    third.wait_for("IBM");
+    third.type_in("!");
+    third.finish().expect(0);
 }
 
 #[test]
