@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -148,6 +148,15 @@ impl Claim {
         let id = crate::new_id().map_err(at(&self.dir))?;
         let gone = self.dir.with_file_name(format!("{REMOVED}{id}"));
         fs::rename(&self.dir, &gone).map_err(at(&self.dir))?;
+        // A monitor that was killed has left its socket in the runtime directory.
+        if let Ok(Some(life)) = record::read_life(&gone)
+            && life
+                .socket
+                .metadata()
+                .is_ok_and(|found| found.file_type().is_socket())
+        {
+            let _ = fs::remove_file(&life.socket);
+        }
         match fs::remove_dir_all(&gone) {
             // Somebody who looked around has taken the rest away.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),

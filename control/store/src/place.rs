@@ -297,13 +297,16 @@ mod tests {
         let mut temporary = record();
         temporary.remove = true;
         claim.set_record(temporary).unwrap();
-        claim.set_life(&Life::begin("x".into(), "dbt")).unwrap();
+        let socket = dir.path().join("sock");
+        drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+        claim.set_life(&Life::begin(socket.clone(), "dbt")).unwrap();
         drop(claim);
         fs::create_dir(vms.join(".removed-0")).unwrap();
         let damaged = store.claim(&name("damaged")).unwrap();
         fs::write(damaged.dir().join("vm.json"), "{").unwrap();
         drop(damaged);
         assert_eq!(states(&store), []);
+        assert!(!socket.exists());
         let error = store.find("damaged").unwrap_err().to_string();
         assert!(error.contains("damaged/vm.json"), "{error}");
         fs::write(vms.join("damaged/vm.json"), "{\"version\":99}").unwrap();
