@@ -134,7 +134,7 @@ pub struct Tlb {
     age: u64,
 }
 
-/// Log2 of the sizes of large mappings; the last stands for all addresses (no paging).
+/// Log2 of the sizes of large mappings; the last is half of all addresses: no paging, or too many to tell apart.
 const LARGE_SIZES: [u32; 4] = [21, 22, 30, 63];
 
 fn slot_of(linear: u64) -> usize {
@@ -233,9 +233,10 @@ impl Tlb {
             return;
         }
         if self.large.len() == LARGE {
-            // All in one.
+            // All in two.
             self.large.clear();
-            self.large.insert(large_key(0, 63));
+            self.large
+                .extend([large_key(0, 63), large_key(1 << 63, 63)]);
         }
         self.large.insert(large_key(linear, size.ilog2()));
     }
@@ -463,6 +464,21 @@ mod tests {
         tlb.fill(User, local, host, 0x6000, true, false, u64::MAX);
         assert!(tlb.flush_page(0));
         assert_eq!(hit(&tlb, User, local), (false, false), "without paging");
+    }
+
+    #[test]
+    fn too_many_large_pages_to_know_are_all_dropped_together() {
+        let mut ram = [0u8; 4096];
+        let host = ram.as_mut_ptr();
+        let first = 0xffff_8000_0000_1000;
+        let mut tlb = Tlb::new().unwrap();
+        for n in 0..=LARGE as u64 {
+            let linear = first + n * (1 << 21) + if n > 0 { 0x1000 } else { 0 };
+            tlb.fill(MmuIndex::Kernel, linear, host, 0x1000, true, true, 1 << 21);
+        }
+        assert!(hit(&tlb, MmuIndex::Kernel, first).0);
+        assert!(tlb.flush_page(first + 0x5000));
+        assert!(!hit(&tlb, MmuIndex::Kernel, first).0);
     }
 
     #[test]
