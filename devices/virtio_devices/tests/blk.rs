@@ -504,7 +504,10 @@ fn malformed_requests_do_no_harm() {
 #[test]
 fn files_are_read_and_written_directly() {
     for dir in ["/dev/shm", env!("CARGO_TARGET_TMPDIR")] {
-        let file = tempfile::NamedTempFile::new_in(dir).unwrap();
+        let Ok(file) = tempfile::NamedTempFile::new_in(dir) else {
+            eprintln!("left out: {dir}");
+            continue;
+        };
         let bytes: Vec<u8> = (0..700 << 10).map(|n: u32| (n / 300) as u8).collect();
         // The last sector is not all there.
         std::fs::write(file.path(), &bytes[..bytes.len() - 100]).unwrap();

@@ -99,9 +99,9 @@ fn what_is_flushed_survives_a_kill() {
         "gcc makes the writer"
     );
     for disk in [&raw, &qcow2] {
-        lodger(&["disk", "create", disk, "24M"]).expect(0);
+        lodger(&["disk", "create", disk, "12M"]).expect(0);
     }
-    let blocks = (24 << 20) / BLOCK as usize;
+    let blocks = (12 << 20) / BLOCK as usize;
     let mut known = [&raw, &qcow2].map(|name| (name, Known(vec![0; blocks])));
     for kill in 1..=kills {
         let first = kill * RUN;
