@@ -105,7 +105,7 @@ impl Block<'_> {
     pub fn check(&mut self, address: Address, size: u8, write: bool, live: u32) -> Mem {
         let Some(place) = address.place(self.source.mode.word()) else {
             self.group = None;
-            self.look_up(address, size, write, live);
+            self.look_up(address, size, write, true, live);
             return at(S, 0);
         };
         if let Some(operand) = self.grouped(place, size, write) {
@@ -118,19 +118,21 @@ impl Block<'_> {
             len: group.span as u16,
             write: group.write,
             stack: place.base == Base::STACK,
+            copied: true,
         };
         self.look_up_range(Address::Group(group), range, size, write, live);
         self.group = Some(group);
         at(S, skip.into())
     }
 
-    /// The same without regard to other accesses: S becomes the host address.
-    pub fn look_up(&mut self, address: Address, size: u8, write: bool, live: u32) {
+    /// The same without regard to other accesses: S becomes the host address, that of a copy only if it may be `copied`.
+    pub fn look_up(&mut self, address: Address, size: u8, write: bool, copied: bool, live: u32) {
         let range = Span {
             skip: 0,
             len: size.into(),
             write,
             stack: false,
+            copied,
         };
         self.look_up_range(address, range, size, write, live);
     }
@@ -214,7 +216,7 @@ impl Block<'_> {
             unreachable!("made by a lookup")
         };
         self.code.op(Op::Add, S, tag);
-        let alone = range.len == u16::from(size) && !range.write && !write;
+        let alone = range.copied && range.len == u16::from(size) && !range.write && !write;
         let crosses = alone && (2..=BOUNCE).contains(&i32::from(size));
         if lookup == Lookup::Tlb && !crosses {
             return self.leave_with(number);

@@ -157,10 +157,10 @@ impl Block<'_> {
         let down = self.code.jcc_forward(cc::NE);
         self.stub(down, Rare::Leave, site);
         if moves {
-            self.look_up(Address::Register(Reg(6), 0), size, false, 0);
+            self.look_up(Address::Register(Reg(6), 0), size, false, false, 0);
             self.asm([Instruction::with2(Code::Mov_rm64_r64, source_host, R::R11)]);
         }
-        self.look_up(Address::Register(Reg(7), 0), size, true, 0);
+        self.look_up(Address::Register(Reg(7), 0), size, true, false, 0);
         // T: bytes that are left of the nearer page's end.
         self.asm([
             Instruction::with2(Code::Mov_r32_rm32, R::R10D, R::EDI),

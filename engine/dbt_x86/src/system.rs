@@ -252,7 +252,7 @@ impl Block<'_> {
             disp: 0,
         };
         self.code.op(Op::Lea, S, element);
-        self.look_up(Address::Register(S, 0), size, write, insn.live);
+        self.look_up(Address::Register(S, 0), size, write, true, insn.live);
         self.before_operation(insn);
         // The bit's number in it.
         let number = self.get(number, T);

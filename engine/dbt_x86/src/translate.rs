@@ -88,6 +88,8 @@ pub struct Span {
     pub write: bool,
     /// In the stack's entry.
     pub stack: bool,
+    /// A read may be from a copy.
+    pub copied: bool,
 }
 
 /// The kind of code.

@@ -172,3 +172,30 @@ fn the_limit_stops_anywhere_in_a_loop() {
     }
     assert_eq!(seen, 14);
 }
+
+#[test]
+fn a_string_copy_meets_the_end_of_a_page_within_an_element() {
+    let (from, to, count) = (DATA + 0xffb, DATA + 0xeffd, 4);
+    let last = 8 * (count - 1);
+    let left = run(|a| {
+        a.mov(rsi, from)?;
+        a.mov(rdi, to)?;
+        // All pages are in the TLB.
+        for page in [0, 0x1000] {
+            a.mov(byte_ptr(rdi + page), 1)?;
+            a.mov(byte_ptr(rsi + page), 1)?;
+        }
+        a.mov(rax, 0x1122_3344_5566_7788_u64)?;
+        for n in 0..count {
+            a.mov(qword_ptr(rsi + 8 * n), rax)?;
+            a.add(rax, 1)?;
+        }
+        a.mov(ecx, count)?;
+        a.rep().movsq()?;
+        a.mov(rax, qword_ptr(to + last as u64))?;
+        a.mov(rdx, qword_ptr(from + last as u64))?;
+        a.xor(rax, rdx)?;
+        a.or(rax, rcx)
+    });
+    assert_eq!(left, 0);
+}
