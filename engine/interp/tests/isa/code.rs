@@ -175,7 +175,7 @@ fn the_limit_stops_anywhere_in_a_loop() {
 
 #[test]
 fn a_string_copy_meets_the_end_of_a_page_within_an_element() {
-    let (from, to, count) = (DATA + 0xffb, DATA + 0xeffd, 4);
+    let (from, to, count) = (DATA + 0xffb, DATA + 0xe100, 4);
     let last = 8 * (count - 1);
     let left = run(|a| {
         a.mov(rsi, from)?;
