@@ -121,7 +121,7 @@ pub struct Cache {
     entries: usize,
     jumps: Jumps,
     /// Direct jumps to another page or to an instruction that goes on in another, not global and global.
-    crossing: [Vec<u32>; 2],
+    crossing: [HashSet<u32>; 2],
     buffer: Vec<u8>,
     hasher: RandomState,
     pub counters: Counters,
@@ -149,7 +149,7 @@ impl Cache {
             wanderers: HashSet::new(),
             entries: 0,
             jumps: Jumps::default(),
-            crossing: [const { Vec::new() }; 2],
+            crossing: Default::default(),
             buffer: Vec::new(),
             hasher: RandomState::new(),
             counters: Counters::default(),
@@ -189,7 +189,7 @@ impl Cache {
         self.wanderers.clear();
         self.entries = 0;
         env.empty_sites();
-        self.crossing.iter_mut().for_each(Vec::clear);
+        self.crossing.iter_mut().for_each(HashSet::clear);
         self.counters.cache_flushes += 1;
     }
 
@@ -511,7 +511,8 @@ impl Cache {
             return;
         }
         if leaves_page || block.second.is_some() {
-            self.crossing[usize::from(block.global)].push(site);
+            // A set: the guest must not make it grow by having the same jump linked again and again.
+            self.crossing[usize::from(block.global)].insert(site);
             self.jumps.reach(block.pages(), block.global);
         }
         self.counters.links += 1;
