@@ -21,6 +21,16 @@ pub enum Wait {
     Never,
 }
 
+impl Wait {
+    /// As preadv2(2) takes it.
+    fn flags(self) -> libc::c_int {
+        match self {
+            Wait::Allowed => 0,
+            Wait::Never => libc::RWF_NOWAIT,
+        }
+    }
+}
+
 impl GuestMemory {
     /// Reads from byte `offset` of a file into RAM, into ranges (guest-physical address, length) one after the other; the
     /// pages are tracked. Returns how many bytes were there. Whether all ranges are RAM is checked first.
@@ -31,10 +41,7 @@ impl GuestMemory {
         ranges: &[(u64, usize)],
         wait: Wait,
     ) -> io::Result<usize> {
-        let flags = match wait {
-            Wait::Allowed => 0,
-            Wait::Never => libc::RWF_NOWAIT,
-        };
+        let flags = wait.flags();
         let pieces = self.pieces(ranges)?;
         let done = call(&pieces, |pieces, count| {
             // SAFETY: `pieces` are `count` ranges of the mapping, which `self` keeps. Nobody has a reference into it: for Rust the
@@ -56,10 +63,7 @@ impl GuestMemory {
         ranges: &[(u64, usize)],
         wait: Wait,
     ) -> io::Result<usize> {
-        let flags = match wait {
-            Wait::Allowed => 0,
-            Wait::Never => libc::RWF_NOWAIT,
-        };
+        let flags = wait.flags();
         let pieces = self.pieces(ranges)?;
         call(&pieces, |pieces, count| {
             // SAFETY: as above; the kernel only reads.

@@ -14,7 +14,7 @@
 mod detach;
 mod server;
 mod state;
-mod terminal;
+pub mod terminal;
 
 use std::path::Path;
 use std::process::ExitCode;

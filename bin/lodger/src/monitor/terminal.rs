@@ -27,16 +27,8 @@ impl Terminal {
         shared: &Arc<Shared>,
         console: &Arc<SharedConsole>,
     ) -> Result<Terminal, Error> {
-        let caught = Signals::catch(&[
-            signals::HANGUP,
-            signals::INTERRUPT,
-            signals::QUIT,
-            signals::TERMINATE,
-            signals::WINDOW_CHANGED,
-        ])
-        .map_err(host_error("cannot catch signals"))?;
-        let raw = interactive.then(RawMode::enter).transpose();
-        let raw = raw.map_err(host_error("cannot put the terminal into raw mode"))?;
+        let caught = catch_signals()?;
+        let raw = raw_mode(interactive)?;
         let asked = Arc::clone(shared);
         let notice = move |notice| match notice {
             Notice::Help => messages::say(Escape::HELP),
@@ -56,6 +48,24 @@ impl Terminal {
             _raw: raw,
         })
     }
+}
+
+/// Catches the signals that a program at a terminal gets.
+pub fn catch_signals() -> Result<Signals, Error> {
+    Signals::catch(&[
+        signals::HANGUP,
+        signals::INTERRUPT,
+        signals::QUIT,
+        signals::TERMINATE,
+        signals::WINDOW_CHANGED,
+    ])
+    .map_err(host_error("cannot catch signals"))
+}
+
+/// Puts the terminal into raw mode, if somebody is there to type, until the result is dropped.
+pub fn raw_mode(interactive: bool) -> Result<Option<RawMode>, Error> {
+    let raw = interactive.then(RawMode::enter).transpose();
+    raw.map_err(host_error("cannot put the terminal into raw mode"))
 }
 
 /// The first signal is a request, the second an order.

@@ -7,15 +7,15 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use lodger_char::{Escape, Input, Notice, Output, RawMode};
+use lodger_char::{Escape, Input, Notice, Output};
 use lodger_clock::InputPort;
 use lodger_control::Request;
-use lodger_host_sys::signals::{self, Signals};
 use lodger_store::{Store, Vm};
 
 use super::{connect, dial, refused};
 use crate::cli::ConsoleArgs;
 use crate::messages;
+use crate::monitor::terminal::{catch_signals, raw_mode};
 use crate::status::{self, Error, host_error};
 
 /// What is typed, on its way to the monitor.
@@ -48,14 +48,7 @@ pub fn console(args: &ConsoleArgs, quiet: bool) -> Result<ExitCode, Error> {
     let (vm, client) = connect(&store, &args.vm)?;
     let console = client.console();
     let mut console = console.map_err(|error| refused(&vm.name, error))?;
-    let caught = Signals::catch(&[
-        signals::HANGUP,
-        signals::INTERRUPT,
-        signals::QUIT,
-        signals::TERMINATE,
-        signals::WINDOW_CHANGED,
-    ])
-    .map_err(host_error("cannot catch signals"))?;
+    let caught = catch_signals()?;
     let interactive = lodger_char::is_interactive();
     let output = Output::stdout().map_err(host_error("cannot use standard output"))?;
     let output = Arc::new(output);
@@ -65,8 +58,7 @@ pub fn console(args: &ConsoleArgs, quiet: bool) -> Result<ExitCode, Error> {
             "connected to {name}; Ctrl-A d leaves, Ctrl-A h helps"
         ));
     }
-    let raw = interactive.then(RawMode::enter).transpose();
-    let raw = raw.map_err(host_error("cannot put the terminal into raw mode"))?;
+    let raw = raw_mode(interactive)?;
     let left = Arc::new(AtomicU8::new(NOT_LEFT));
     let clone = || {
         console
