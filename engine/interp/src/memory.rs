@@ -362,6 +362,7 @@ impl Cpu {
                 && page.tracker.cache_write(page.index);
             self.tlb.fill(
                 self.mmu,
+                direction,
                 linear,
                 host,
                 translation.page,

@@ -60,13 +60,14 @@ impl TlbEntry {
     }
 }
 
-/// Entries of one table: they cover 16 MiB.
-pub const ENTRIES: usize = 4096;
+/// Entries of one table: they cover 64 MiB.
+pub const ENTRIES: usize = 1 << 14;
 
-/// A tag for `slot` that no address which is looked up there is near to.
+/// An entry with a tag that no address which is looked up in `slot` is near to. Zeros for all but one, so that memory which is never used
+/// is never touched.
 const fn invalid(slot: usize) -> TlbEntry {
     TlbEntry {
-        tag: 1 << 63 | ((slot ^ (ENTRIES / 2)) as u64) << 12,
+        tag: if slot == 0 { 1 << 63 | 1 << 25 } else { 0 },
         page: 0,
     }
 }
@@ -93,15 +94,21 @@ const BITS: Facts = 0xfff;
 
 /// Address spaces that are remembered while others are in use, and entries of each. Systems number few of them.
 const SPACES: usize = 8;
-const KEPT: usize = 1024;
+const KEPT: usize = 2048;
 /// Large mappings that are known, at most.
 const LARGE: usize = 4096;
 
+/// Where an entry is.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    index: MmuIndex,
+    direction: Direction,
+    slot: u16,
+}
+
 /// An entry of an address space that is not in use.
 struct Kept {
-    index: MmuIndex,
-    slot: u16,
-    write: bool,
+    place: Place,
     facts: Facts,
     entry: TlbEntry,
 }
@@ -119,10 +126,10 @@ struct Space {
 /// put aside, and back when their space is used again.
 pub struct Tlb {
     tables: LowBox<Tables>,
-    facts: Box<[[Facts; ENTRIES]; 3]>,
+    facts: Box<[[[Facts; ENTRIES]; 2]; 3]>,
     /// Which slots were filled with local, and with global entries since these were last all flushed, so that a flush need not look
     /// at the others.
-    filled: [Vec<(MmuIndex, u16)>; 2],
+    filled: [Vec<Place>; 2],
     /// The current address space, and others, the latest last.
     space: u16,
     spaces: Vec<Space>,
@@ -152,13 +159,11 @@ impl Tlb {
         // SAFETY: numbers.
         let mut tables = unsafe { LowBox::<Tables>::zeroed() }?;
         for table in tables.0.iter_mut().flatten() {
-            for (slot, entry) in table.iter_mut().enumerate() {
-                *entry = invalid(slot);
-            }
+            table[0] = invalid(0);
         }
         Ok(Tlb {
             tables,
-            facts: vec![[0; ENTRIES]; 3].try_into().expect("three"),
+            facts: vec![[[0; ENTRIES]; 2]; 3].try_into().expect("three"),
             filled: Default::default(),
             space: 0,
             spaces: Vec::new(),
@@ -185,19 +190,29 @@ impl Tlb {
         &self.tables.0[index as usize][direction as usize][(linear >> 12) as usize % ENTRIES]
     }
 
-    fn clear(&mut self, index: MmuIndex, slot: usize) {
-        for table in &mut self.tables.0[index as usize] {
-            table[slot] = invalid(slot);
-        }
-        self.facts[index as usize][slot] &= ALL_LISTED;
+    fn facts(&mut self, place: Place) -> &mut Facts {
+        &mut self.facts[place.index as usize][place.direction as usize][usize::from(place.slot)]
     }
 
-    /// Enters a translation of the page at `linear` to RAM at `host`, guest-physical `page`. `write`: it may also be
-    /// written through the entry. `size`: bytes of the whole mapping that the page is part of.
+    fn at(&mut self, place: Place) -> &mut TlbEntry {
+        &mut self.tables.0[place.index as usize][place.direction as usize][usize::from(place.slot)]
+    }
+
+    fn clear(&mut self, place: Place) {
+        *self.at(place) = invalid(place.slot.into());
+        *self.facts(place) &= ALL_LISTED;
+    }
+
+    /// Enters a translation of the page at `linear` to RAM at `host`, guest-physical `page`, for an access of direction `wanted`.
+    /// `write`: it may be written through the entry. `size`: bytes of the whole mapping that the page is part of.
+    ///
+    /// Accesses of the other direction get it, too, unless they have another page there: a copy between pages that share a slot
+    /// keeps both.
     #[allow(clippy::too_many_arguments)]
     pub fn fill(
         &mut self,
         index: MmuIndex,
+        wanted: Direction,
         linear: u64,
         host: *mut u8,
         page: u64,
@@ -212,19 +227,31 @@ impl Tlb {
             page: host as u64,
         };
         let facts = page | VALID | if global { GLOBAL } else { 0 };
-        self.put(index, slot_of(linear), entry, write, facts);
+        for direction in [Direction::Read, Direction::Write] {
+            let place = Place {
+                index,
+                direction,
+                slot: slot_of(linear) as u16,
+            };
+            let same = self.at(place).tag == linear;
+            if direction == Direction::Write && !write {
+                if same {
+                    self.clear(place);
+                }
+            } else if same || direction == wanted || *self.facts(place) & VALID == 0 {
+                self.put(place, entry, facts);
+            }
+        }
     }
 
-    fn put(&mut self, index: MmuIndex, slot: usize, entry: TlbEntry, write: bool, new: Facts) {
+    fn put(&mut self, place: Place, entry: TlbEntry, new: Facts) {
         let list = usize::from(new & GLOBAL != 0);
-        let facts = &mut self.facts[index as usize][slot];
-        if *facts & LISTED[list] == 0 {
-            self.filled[list].push((index, slot as u16));
+        let facts = self.facts(place);
+        let old = std::mem::replace(facts, new | *facts & ALL_LISTED | LISTED[list]);
+        if old & LISTED[list] == 0 {
+            self.filled[list].push(place);
         }
-        *facts = new | *facts & ALL_LISTED | LISTED[list];
-        let [read_table, write_table] = &mut self.tables.0[index as usize];
-        read_table[slot] = entry;
-        write_table[slot] = if write { entry } else { invalid(slot) };
+        *self.at(place) = entry;
     }
 
     /// Something is cached of the mapping of `size` bytes that `linear` is part of (`u64::MAX`: there is no paging).
@@ -245,9 +272,9 @@ impl Tlb {
     pub fn flush(&mut self) {
         self.age += 1;
         for list in [0, 1] {
-            for (index, slot) in std::mem::take(&mut self.filled[list]) {
-                self.clear(index, slot.into());
-                self.facts[index as usize][usize::from(slot)] = 0;
+            for place in std::mem::take(&mut self.filled[list]) {
+                self.clear(place);
+                *self.facts(place) = 0;
             }
         }
         self.spaces.clear();
@@ -263,20 +290,17 @@ impl Tlb {
     fn take_local(&mut self, mut dropped: impl FnMut(Kept)) {
         self.age += 1;
         let mut local = std::mem::take(&mut self.filled[0]);
-        for (index, slot) in local.drain(..) {
-            let (i, s) = (index as usize, usize::from(slot));
-            let facts = &mut self.facts[i][s];
+        for place in local.drain(..) {
+            let facts = self.facts(place);
             *facts &= !LISTED[0];
-            if *facts & (VALID | GLOBAL) == VALID {
-                let [read, write] = &self.tables.0[i];
+            let facts = *facts;
+            if facts & (VALID | GLOBAL) == VALID {
                 dropped(Kept {
-                    index,
-                    slot,
-                    write: write[s].tag == read[s].tag,
-                    facts: *facts & !ALL_LISTED,
-                    entry: read[s],
+                    place,
+                    facts: facts & !ALL_LISTED,
+                    entry: *self.at(place),
                 });
-                self.clear(index, s);
+                self.clear(place);
             }
         }
         // With the room it has.
@@ -309,13 +333,7 @@ impl Tlb {
         });
         let mut entries = new.map(|space| space.entries).unwrap_or_default();
         for kept in entries.drain(..).filter(|_| keep) {
-            self.put(
-                kept.index,
-                kept.slot.into(),
-                kept.entry,
-                kept.write,
-                kept.facts,
-            );
+            self.put(kept.place, kept.entry, kept.facts);
         }
         self.spare = entries;
     }
@@ -333,8 +351,14 @@ impl Tlb {
         }
         let linear = linear & !0xfff;
         for index in [MmuIndex::Kernel, MmuIndex::KernelAc, MmuIndex::User] {
-            if self.entry(index, Direction::Read, linear).tag == linear {
-                self.clear(index, slot_of(linear));
+            for direction in [Direction::Read, Direction::Write] {
+                if self.entry(index, direction, linear).tag == linear {
+                    self.clear(Place {
+                        index,
+                        direction,
+                        slot: slot_of(linear) as u16,
+                    });
+                }
             }
         }
         large
@@ -347,10 +371,9 @@ impl Tlb {
         }
         for list in [0, 1] {
             for n in 0..self.filled[list].len() {
-                let (index, slot) = self.filled[list][n];
-                let entry = self.tables.0[index as usize][0][usize::from(slot)];
-                if (entry.tag ^ linear) >> log == 0 {
-                    self.clear(index, slot.into());
+                let place = self.filled[list][n];
+                if (self.at(place).tag ^ linear) >> log == 0 {
+                    self.clear(place);
                 }
             }
         }
@@ -359,14 +382,19 @@ impl Tlb {
     /// Drops the write permission from all entries of guest-physical `page`: it holds code now.
     pub fn protect(&mut self, page: u64) {
         self.age += 1;
-        for &(index, slot) in self.filled.iter().flatten() {
-            let slot = usize::from(slot);
-            if self.facts[index as usize][slot] & !BITS == page {
-                self.tables.0[index as usize][Direction::Write as usize][slot] = invalid(slot);
+        for list in [0, 1] {
+            for n in 0..self.filled[list].len() {
+                let place = self.filled[list][n];
+                let holds = *self.facts(place) & !BITS == page;
+                if holds && place.direction == Direction::Write {
+                    self.clear(place);
+                }
             }
         }
-        for kept in self.spaces.iter_mut().flat_map(|s| &mut s.entries) {
-            kept.write &= kept.facts & !BITS != page;
+        for space in &mut self.spaces {
+            space.entries.retain(|kept| {
+                kept.place.direction == Direction::Read || kept.facts & !BITS != page
+            });
         }
     }
 }
@@ -410,6 +438,7 @@ mod tests {
         let mut tlb = Tlb::new().unwrap();
         tlb.fill(
             MmuIndex::User,
+            Direction::Read,
             0x5000,
             ram.as_mut_ptr(),
             0x1000,
@@ -432,8 +461,26 @@ mod tests {
         let host = ram.as_mut_ptr();
         let mut tlb = Tlb::new().unwrap();
         let (global, local) = (0xffff_8000_0000_1000, 0x40_2000);
-        tlb.fill(Kernel, global, host, 0x5000, true, true, 4096);
-        tlb.fill(User, local, host, 0x6000, true, false, 4096);
+        tlb.fill(
+            Kernel,
+            Direction::Read,
+            global,
+            host,
+            0x5000,
+            true,
+            true,
+            4096,
+        );
+        tlb.fill(
+            User,
+            Direction::Read,
+            local,
+            host,
+            0x6000,
+            true,
+            false,
+            4096,
+        );
         assert_eq!(hit(&tlb, Kernel, global), (true, true));
         assert_eq!(
             hit(&tlb, User, global),
@@ -448,9 +495,36 @@ mod tests {
         assert_eq!(hit(&tlb, Kernel, global), (true, true));
         assert!(!tlb.flush_page(global + 0xfff));
         assert_eq!(hit(&tlb, Kernel, global), (false, false));
-        tlb.fill(User, local, host, 0x6000, true, false, 4096);
-        tlb.fill(Kernel, global, host, 0x5000, true, true, 1 << 21);
-        tlb.fill(Kernel, global + 0x20_0000, host, 0x7000, true, true, 4096);
+        tlb.fill(
+            User,
+            Direction::Read,
+            local,
+            host,
+            0x6000,
+            true,
+            false,
+            4096,
+        );
+        tlb.fill(
+            Kernel,
+            Direction::Read,
+            global,
+            host,
+            0x5000,
+            true,
+            true,
+            1 << 21,
+        );
+        tlb.fill(
+            Kernel,
+            Direction::Read,
+            global + 0x20_0000,
+            host,
+            0x7000,
+            true,
+            true,
+            4096,
+        );
         assert!(!tlb.flush_page(local + 0x20_0000));
         assert_eq!(hit(&tlb, Kernel, global), (true, true), "far away");
         assert!(tlb.flush_page(global + 0x10_0000));
@@ -461,7 +535,16 @@ mod tests {
         );
         assert_eq!(hit(&tlb, User, local), (true, true), "and nothing else");
         assert_eq!(hit(&tlb, Kernel, global + 0x20_0000), (true, true));
-        tlb.fill(User, local, host, 0x6000, true, false, u64::MAX);
+        tlb.fill(
+            User,
+            Direction::Read,
+            local,
+            host,
+            0x6000,
+            true,
+            false,
+            u64::MAX,
+        );
         assert!(tlb.flush_page(0));
         assert_eq!(hit(&tlb, User, local), (false, false), "without paging");
     }
@@ -474,7 +557,16 @@ mod tests {
         let mut tlb = Tlb::new().unwrap();
         for n in 0..=LARGE as u64 {
             let linear = first + n * (1 << 21) + if n > 0 { 0x1000 } else { 0 };
-            tlb.fill(MmuIndex::Kernel, linear, host, 0x1000, true, true, 1 << 21);
+            tlb.fill(
+                MmuIndex::Kernel,
+                Direction::Read,
+                linear,
+                host,
+                0x1000,
+                true,
+                true,
+                1 << 21,
+            );
         }
         assert!(hit(&tlb, MmuIndex::Kernel, first).0);
         assert!(tlb.flush_page(first + 0x5000));
@@ -488,8 +580,26 @@ mod tests {
         let mut tlb = Tlb::new().unwrap();
         let (one, other) = (0x5000, 0x5000 + (ENTRIES as u64) * 4096);
         for (first, second) in [(false, true), (true, false), (true, true), (false, false)] {
-            tlb.fill(MmuIndex::Kernel, one, host, 0x1000, true, first, 4096);
-            tlb.fill(MmuIndex::Kernel, other, host, 0x1000, true, second, 4096);
+            tlb.fill(
+                MmuIndex::Kernel,
+                Direction::Read,
+                one,
+                host,
+                0x1000,
+                true,
+                first,
+                4096,
+            );
+            tlb.fill(
+                MmuIndex::Kernel,
+                Direction::Read,
+                other,
+                host,
+                0x1000,
+                true,
+                second,
+                4096,
+            );
             tlb.flush_local();
             assert_eq!(
                 hit(&tlb, MmuIndex::Kernel, other).0,
@@ -502,11 +612,77 @@ mod tests {
     }
 
     #[test]
+    fn reading_one_page_and_writing_another_of_the_same_slot_keeps_both() {
+        use MmuIndex::*;
+        let mut ram = [0u8; 4096];
+        let host = ram.as_mut_ptr();
+        let mut tlb = Tlb::new().unwrap();
+        let (from, to) = (0x5000, 0x5000 + (ENTRIES as u64) * 4096);
+        tlb.fill(
+            User,
+            Direction::Read,
+            from,
+            host,
+            0x1000,
+            false,
+            false,
+            4096,
+        );
+        tlb.fill(User, Direction::Write, to, host, 0x2000, true, false, 4096);
+        assert_eq!(hit(&tlb, User, from), (true, false));
+        assert_eq!(hit(&tlb, User, to), (false, true));
+        tlb.fill(User, Direction::Read, from, host, 0x1000, true, false, 4096);
+        assert_eq!(
+            hit(&tlb, User, to),
+            (false, true),
+            "a read evicts no write entry"
+        );
+        tlb.fill(
+            User,
+            Direction::Write,
+            from,
+            host,
+            0x1000,
+            true,
+            false,
+            4096,
+        );
+        assert_eq!(hit(&tlb, User, from), (true, true));
+        assert_eq!(hit(&tlb, User, to), (false, false));
+        tlb.fill(
+            User,
+            Direction::Read,
+            from,
+            host,
+            0x3000,
+            false,
+            false,
+            4096,
+        );
+        assert_eq!(
+            hit(&tlb, User, from),
+            (true, false),
+            "not writable any more"
+        );
+    }
+
+    #[test]
     fn address_spaces_are_remembered_until_they_are_flushed() {
         use MmuIndex::*;
         let mut ram = [0u8; 4096];
         let host = ram.as_mut_ptr();
-        let fill = |tlb: &mut Tlb, linear| tlb.fill(User, linear, host, 0x3000, true, false, 4096);
+        let fill = |tlb: &mut Tlb, linear| {
+            tlb.fill(
+                User,
+                Direction::Read,
+                linear,
+                host,
+                0x3000,
+                true,
+                false,
+                4096,
+            )
+        };
         let mut tlb = Tlb::new().unwrap();
         let (both, one, gone) = ((true, true), (true, false), (false, false));
         tlb.switch(1, false);
