@@ -16,11 +16,13 @@ pub mod lockstep;
 mod net;
 pub mod runner;
 mod virtio;
+mod vsock;
 
 pub use disk::disk_image;
 pub use loader::loader;
 pub use net::user_net;
 pub use virtio::{pci, virtio_blk, virtio_net, virtio_queue};
+pub use vsock::virtio_vsock;
 
 /// Something to fuzz.
 pub struct Target {
@@ -47,6 +49,11 @@ pub const TARGETS: &[Target] = &[
     Target {
         name: "virtio_net",
         run: virtio_net,
+        samples: Vec::new,
+    },
+    Target {
+        name: "virtio_vsock",
+        run: virtio_vsock,
         samples: Vec::new,
     },
     Target {

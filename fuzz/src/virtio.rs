@@ -14,19 +14,19 @@ use lodger_virtio::{
 };
 use lodger_virtio_devices::{Blk, Limits, Net, RngSpec};
 
-const RINGS: u64 = 0x1_0000;
-const BUFFERS: u64 = 0x2_0000;
-const QUEUE_SIZE: u16 = 8;
+pub(crate) const RINGS: u64 = 0x1_0000;
+pub(crate) const BUFFERS: u64 = 0x2_0000;
+pub(crate) const QUEUE_SIZE: u16 = 8;
 /// Flush, cache mode, discard, write zeroes.
 const BLK_FEATURES: u64 = 1 << 9 | 1 << 11 | 1 << 13 | 1 << 14;
 /// Received packets over several buffers.
 const NET_F_MRG_RXBUF: u64 = 1 << 15;
 
 /// Bytes as they are consumed; zeroes after the end.
-struct Input<'a>(&'a [u8]);
+pub(crate) struct Input<'a>(pub(crate) &'a [u8]);
 
 impl Input<'_> {
-    fn byte(&mut self) -> u8 {
+    pub(crate) fn byte(&mut self) -> u8 {
         match self.0.split_first() {
             Some((&byte, rest)) => {
                 self.0 = rest;
@@ -36,7 +36,7 @@ impl Input<'_> {
         }
     }
 
-    fn number(&mut self) -> u64 {
+    pub(crate) fn number(&mut self) -> u64 {
         u64::from_le_bytes([(); 8].map(|()| self.byte()))
     }
 
@@ -54,7 +54,7 @@ impl Input<'_> {
         }
     }
 
-    fn len(&mut self) -> u32 {
+    pub(crate) fn len(&mut self) -> u32 {
         match self.byte() {
             n @ 0..=32 => n.into(),
             n @ 33..=200 => u32::from(n - 32) * 512,
@@ -65,7 +65,7 @@ impl Input<'_> {
 }
 
 /// Does what the input says with one queue of a device, until the input is used up.
-fn misuse(d: &Driver, device: &VirtioPci, queue: u16, features: u64, input: &mut Input) {
+pub(crate) fn misuse(d: &Driver, device: &VirtioPci, queue: u16, features: u64, input: &mut Input) {
     let m = &d.machine.memory;
     let start = || {
         d.set_pci(4, &[6, 0]);

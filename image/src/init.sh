@@ -38,6 +38,7 @@ for device in /sys/bus/pci/devices/*; do
 	0x1001 | 0x1042) drivers="$drivers virtio_blk" ;;
 	0x1003 | 0x1043) drivers="$drivers virtio_console" ;;
 	0x1005 | 0x1044) drivers="$drivers virtio_rng" ;;
+	0x1053) drivers="$drivers vmw_vsock_virtio_transport" ;;
 	esac
 done
 [ -z "$drivers" ] || modprobe -a virtio_pci $drivers

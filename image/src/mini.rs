@@ -30,6 +30,7 @@ const MODULES: &[&str] = &[
     "virtio_console",
     "virtio_net",
     "virtio_rng",
+    "vmw_vsock_virtio_transport",
     "ext4",
     "button",
     "evdev",

@@ -224,6 +224,10 @@ pub struct RunArgs {
     /// host's (repeatable)
     #[arg(short, long, value_name = "[ADDRESS:]HOST:GUEST[/udp]")]
     pub publish: Vec<Forward>,
+    /// The Unix socket that leads to the guest's sockets (vsock, CID 3), or `none`. A machine with a name has one in
+    /// its directory, which `lodger exec`, `cp` and `ssh` use
+    #[arg(long, value_name = "PATH")]
+    pub vsock: Option<VsockChoice>,
     /// A further device (repeatable)
     #[arg(long = "device", value_name = "DEVICE", value_enum)]
     pub devices: Vec<DeviceChoice>,
@@ -288,6 +292,27 @@ impl FromStr for NetChoice {
             None if text == "none" => Ok(NetChoice::None),
             Some(("tap", name)) if !name.is_empty() => Ok(NetChoice::Tap(name.into())),
             _ => Err("networks are user, isolated, none and tap=NAME".into()),
+        }
+    }
+}
+
+/// Sockets between guest and host, as on the command line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VsockChoice {
+    /// No such device.
+    None,
+    /// Reached through this Unix socket.
+    At(PathBuf),
+}
+
+impl FromStr for VsockChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<VsockChoice, String> {
+        match text {
+            "" => Err("the path is missing".into()),
+            "none" => Ok(VsockChoice::None),
+            path => Ok(VsockChoice::At(path.into())),
         }
     }
 }
@@ -467,6 +492,8 @@ mod tests {
             "run --kernel k --initrd i --append -x --disk a --disk b,ro --device debug-exit",
             "run --append quiet -v -q --no-reboot --engine interp --cpu v3",
             "run --net none",
+            "run --vsock none",
+            "run --vsock /run/vm.sock",
             "run --net tap=tap0",
             "run --net isolated -p 80:80",
             "run -p 8080:80 --publish 127.0.0.1:5353:53/udp --net user",
@@ -495,6 +522,7 @@ mod tests {
             "run --cpus -1",
             "run --net tap",
             "run --net tap=",
+            "run --vsock=",
             "run --net bridge=br0",
             "run -p 80",
             "image remove",

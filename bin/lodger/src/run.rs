@@ -8,9 +8,9 @@ use lodger_image::{Cache, Image};
 use lodger_net::UserNetSpec;
 use lodger_store::Claim;
 use lodger_vcpu::Engine;
-use lodger_virtio_devices::{BlkSpec, ConsoleSpec, NetSpec, NetworkSpec};
+use lodger_virtio_devices::{BlkSpec, ConsoleSpec, NetSpec, NetworkSpec, VsockSpec};
 
-use crate::cli::{DeviceChoice, NetChoice, RunArgs};
+use crate::cli::{DeviceChoice, NetChoice, RunArgs, VsockChoice};
 use crate::images::{self, Bar};
 use crate::monitor::{self, Job};
 use crate::spec::VmSpec;
@@ -106,6 +106,10 @@ fn machine_spec(args: &RunArgs, engine: &dyn Engine) -> Result<MachineSpec, Erro
                 rows: 0,
             }),
             nets: nets(args),
+            vsock: match &args.vsock {
+                Some(VsockChoice::At(path)) => Some(VsockSpec::new(path)),
+                Some(VsockChoice::None) | None => None,
+            },
         },
         debug_exit: has(DeviceChoice::DebugExit),
     };
@@ -124,6 +128,9 @@ pub fn add_image(
     let machine = &mut spec.machine;
     if dir.is_some() {
         vms::make_absolute(machine)?;
+        if args.vsock.is_none() {
+            machine.virtio.vsock = Some(VsockSpec::new(vms::VSOCK));
+        }
     }
     if args.kernel.is_none() {
         let (boot, root) = boot_spec(args, dir, quiet)?;

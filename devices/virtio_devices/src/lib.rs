@@ -1,4 +1,4 @@
-//! The virtio devices: block, console, entropy, network. Virtual I/O Device (VIRTIO) Version 1.2, section 5.
+//! The virtio devices: block, console, entropy, network, sockets. Virtual I/O Device (VIRTIO) Version 1.2, section 5.
 //!
 //! Each device serves its queues on threads of its own, so that a guest's register access never waits for the host. (A disk
 //! answers at once what is in the host's memory.) Beside each
@@ -9,6 +9,7 @@ mod console;
 mod net;
 mod rate;
 mod rng;
+mod vsock;
 mod workers;
 
 pub use blk::{Blk, BlkError, BlkSpec};
@@ -16,3 +17,4 @@ pub use console::{Console, ConsoleSpec, Output};
 pub use net::{Net, NetSpec, NetworkSpec};
 pub use rate::{Limits, Rate};
 pub use rng::{Rng, RngSpec};
+pub use vsock::{DEFAULT_CID, Vsock, VsockError, VsockSpec};

@@ -18,7 +18,7 @@ use lodger_pci::{AddError, CONFIG_PORTS, CONFIG_PORTS_LEN, HostBridge, PciBus};
 use lodger_tables::{AcpiConfig, fw_cfg_files};
 use lodger_vcpu::{Engine, EngineError, VmConfig};
 use lodger_virtio::{VirtioPci, Wiring};
-use lodger_virtio_devices::{BlkError, Output, RngSpec};
+use lodger_virtio_devices::{BlkError, Output, RngSpec, VsockError};
 use lodger_x86::cpu_model::UnknownModel;
 use lodger_x86::{CpuModel, HostFeatures};
 
@@ -68,6 +68,9 @@ pub enum BuildError {
     /// A network.
     #[error(transparent)]
     Net(#[from] NetError),
+    /// The sockets.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
     /// There are more devices than places for them.
     #[error(transparent)]
     Pci(#[from] AddError),
@@ -130,6 +133,9 @@ impl Machine {
         for (i, net) in spec.virtio.nets.iter().enumerate() {
             let net = net.build(&format!("virtio-net{i}"), &wiring)?;
             board.add_virtio(&pci, net)?;
+        }
+        if let Some(vsock) = &spec.virtio.vsock {
+            board.add_virtio(&pci, vsock.build("virtio-vsock0", &wiring)?)?;
         }
         // Last, so that at a reset they forget what the others did to their lines.
         board.devices.push(board.ioapic.clone());

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use lodger_pci::SLOTS;
 use lodger_vcpu::Engine;
-use lodger_virtio_devices::{BlkSpec, ConsoleSpec, NetSpec};
+use lodger_virtio_devices::{BlkSpec, ConsoleSpec, NetSpec, VsockSpec};
 use lodger_x86::CpuModel;
 use lodger_x86::cpu_model::UnknownModel;
 use serde::{Deserialize, Serialize};
@@ -59,6 +59,9 @@ pub struct VirtioSpec {
     /// Network cards in order: eth0, eth1 ...
     #[serde(default)]
     pub nets: Vec<NetSpec>,
+    /// Sockets between guest and host.
+    #[serde(default)]
+    pub vsock: Option<VsockSpec>,
 }
 
 /// A spec that no machine can be built from.
@@ -125,9 +128,11 @@ impl MachineSpec {
             disks,
             console,
             nets,
+            vsock,
         } = &self.virtio;
         // One is the source of entropy.
-        let devices = disks.len() + console.iter().len() + nets.len() + 1;
+        let others = console.iter().len() + vsock.iter().len();
+        let devices = disks.len() + nets.len() + others + 1;
         let max = usize::from(SLOTS) - 1;
         match devices > max {
             true => Err(SpecError::Devices { devices, max }.into()),

@@ -22,6 +22,9 @@ const OVERLAY: &str = "root.qcow2";
 /// ... the image's own, under a name of the VM's.
 const BASE: &str = "base.img";
 
+/// Leads to the sockets of the VM's guest.
+pub const VSOCK: &str = "vsock.sock";
+
 /// Whether the VM has a disk of its own, and so something to lose.
 pub fn has_disk(dir: &Path) -> bool {
     dir.join(COPY).exists() || dir.join(OVERLAY).exists()
@@ -112,5 +115,9 @@ pub fn resolve(spec: &mut MachineSpec, dir: &Path) {
 fn paths(spec: &mut MachineSpec) -> impl Iterator<Item = &mut PathBuf> {
     let kernel = Some(&mut spec.boot.kernel).filter(|path| !path.as_os_str().is_empty());
     let disks = spec.virtio.disks.iter_mut().map(|disk| &mut disk.path);
-    kernel.into_iter().chain(&mut spec.boot.initrd).chain(disks)
+    let vsock = spec.virtio.vsock.iter_mut().map(|vsock| &mut vsock.path);
+    (kernel.into_iter())
+        .chain(&mut spec.boot.initrd)
+        .chain(disks)
+        .chain(vsock)
 }

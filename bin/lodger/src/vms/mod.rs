@@ -16,7 +16,7 @@ use lodger_control::{Answer, Client, ClientError, Request};
 use lodger_store::{Claim, Name, Record, State, Store, StoreError, Vm};
 
 pub use console::console;
-pub use files::{absolute, keep, make_absolute, resolve, root_disk};
+pub use files::{VSOCK, absolute, keep, make_absolute, resolve, root_disk};
 pub use list::{inspect, ps};
 pub use logs::logs;
 pub use set::{rename, set};

@@ -156,14 +156,14 @@ fn wrong_specs_are_found_before_anything_is_built() {
             &|s| s.virtio.disks[0].path = "/no/such/disk".into(),
             "/no/such/disk",
         ),
-        (&|s| s.virtio.disks = vec![disk.clone(); 29], "room for 31"),
+        (&|s| s.virtio.disks = vec![disk.clone(); 28], "room for 31"),
     ];
     for (change, says) in cases {
         let got = check(change);
         assert!(got.contains(says), "{got:?} does not say {says:?}");
     }
     // As many as there is room for.
-    assert_eq!(check(&|s| s.virtio.disks = vec![disk.clone(); 28]), "right");
+    assert_eq!(check(&|s| s.virtio.disks = vec![disk.clone(); 27]), "right");
 }
 
 #[test]

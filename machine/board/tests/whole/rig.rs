@@ -7,7 +7,7 @@ use lodger_board::{BootSpec, Host, Machine, MachineSpec, VirtioSpec};
 use lodger_clock::manual::ManualClock;
 use lodger_device_model::{MachineControl, MachineRequest};
 use lodger_vcpu::{Capabilities, Engine, EngineError, EngineVm, Vcpu, VmConfig};
-use lodger_virtio_devices::{BlkSpec, ConsoleSpec, NetSpec, NetworkSpec};
+use lodger_virtio_devices::{BlkSpec, ConsoleSpec, NetSpec, NetworkSpec, VsockSpec};
 use lodger_x86::HostFeatures;
 use tempfile::NamedTempFile;
 
@@ -139,6 +139,7 @@ pub fn spec(files: &[NamedTempFile]) -> MachineSpec {
                 rows: 25,
             }),
             nets: vec![NetSpec::new(NetworkSpec::User(Default::default()))],
+            vsock: Some(VsockSpec::new(files[0].path().with_extension("vsock"))),
         },
         debug_exit: true,
     }
