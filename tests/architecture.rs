@@ -23,14 +23,15 @@ devices/device_model: memory/address_space support/clock memory/guest_memory
 devices/chipset: memory/address_space support/clock devices/device_model memory/guest_memory
 devices/pci: memory/address_space devices/device_model
 devices/virtio: memory/address_space devices/device_model memory/guest_memory devices/pci  test:devices/virtio
-devices/virtio_devices: backends/block backends/net backends/vsock support/clock devices/device_model memory/address_space memory/guest_memory devices/pci devices/virtio
+devices/virtio_devices: backends/block backends/net backends/share backends/vsock support/clock devices/device_model memory/address_space memory/guest_memory devices/pci devices/virtio
 backends/block: support/host_sys
 backends/char: support/clock support/host_sys
 backends/net: support/clock support/host_sys
 backends/vsock:
+backends/share:
 machine/loader: memory/guest_memory isa/x86 machine/tables
 machine/tables:
-machine/board: memory/address_space backends/block backends/char backends/net devices/chipset support/clock devices/device_model memory/guest_memory machine/loader devices/pci machine/tables engine/vcpu devices/virtio devices/virtio_devices isa/x86 test:engine/interp
+machine/board: memory/address_space backends/block backends/char backends/net backends/share devices/chipset support/clock devices/device_model memory/guest_memory machine/loader devices/pci machine/tables engine/vcpu devices/virtio devices/virtio_devices isa/x86 test:engine/interp
 vmm/lifecycle: machine/board support/clock engine/vcpu isa/x86 memory/guest_memory memory/address_space devices/device_model test:engine/interp
 control/api:
 control/store: control/api

@@ -1,17 +1,21 @@
 #!/bin/sh
 # PID 1 of the initial RAM disk of images with a root disk: loads the drivers that
 # the disk needs, mounts it and goes on there. The first virtio disk is the root;
-# init=PROGRAM on the kernel command line starts that instead of /sbin/init.
+# init=PROGRAM on the kernel command line starts that instead of /sbin/init, and
+# lodger.share=TAG:DIR[:ro] mounts a shared folder.
 export PATH=/bin
 busybox mount -t devtmpfs dev /dev
 busybox mount -t proc proc /proc
 busybox mount -t sysfs sysfs /sys
-while read -r module; do
-	busybox insmod "/modules/$module"
-done </modules/order
-
 init=/sbin/init
 read -r cmdline </proc/cmdline
+while read -r module; do
+	case $module:$cmdline in
+	fuse.ko:*lodger.share=* | virtiofs.ko:*lodger.share=*) ;;
+	fuse.ko:* | virtiofs.ko:*) continue ;;
+	esac
+	busybox insmod "/modules/$module"
+done </modules/order
 for word in $cmdline; do
 	case $word in
 	init=*) init=${word#init=} ;;
@@ -25,6 +29,20 @@ while [ ! -b /dev/vda ] && [ $tries -gt 0 ]; do
 	tries=$((tries - 1))
 done
 if busybox mount -t ext4 /dev/vda /root; then
+	for word in $cmdline; do
+		case $word in
+		lodger.share=*)
+			tag=${word#lodger.share=}
+			dir=${tag#*:}
+			options=rw
+			case $dir in
+			*:ro) dir=${dir%:ro} options=ro ;;
+			esac
+			busybox mkdir -p "/root$dir"
+			busybox mount -t virtiofs -o $options "${tag%%:*}" "/root$dir"
+			;;
+		esac
+	done
 	for dir in dev proc sys; do
 		busybox mount -o move /$dir /root/$dir
 	done

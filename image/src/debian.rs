@@ -54,7 +54,7 @@ const PACKAGES: &[&str] = &[
 const USER_PACKAGE: &str = "sudo";
 
 /// Loaded before the root disk can be mounted. Those that are built in count as well.
-const MODULES: &[&str] = &["virtio_pci", "virtio_blk", "ext4"];
+const MODULES: &[&str] = &["virtio_pci", "virtio_blk", "ext4", "virtiofs"];
 
 const DEFAULT_SIZE: u64 = 10 << 30;
 const MOST_SIZE: u64 = 8 << 40;

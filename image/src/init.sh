@@ -5,6 +5,7 @@
 # Kernel command line:  lodger.run="COMMAND"  runs COMMAND, prints LODGER-EXIT
 # rc=N and powers off. Otherwise: a shell on the console; its end powers off.
 # lodger.size=ROWSxCOLUMNS  is the size of its terminal.
+# lodger.share=TAG:DIR[:ro]  mounts a shared folder.
 export PATH=/bin HOME=/root
 busybox mount -t proc proc /proc
 busybox mount -t sysfs sysfs /sys
@@ -39,6 +40,7 @@ for device in /sys/bus/pci/devices/*; do
 	0x1003 | 0x1043) drivers="$drivers virtio_console" ;;
 	0x1005 | 0x1044) drivers="$drivers virtio_rng" ;;
 	0x1053) drivers="$drivers vmw_vsock_virtio_transport" ;;
+	0x105a) drivers="$drivers virtiofs" ;;
 	esac
 done
 [ -z "$drivers" ] || modprobe -a virtio_pci $drivers
@@ -53,6 +55,25 @@ esac
 (modprobe -a button evdev && acpid -l /dev/null -p /run/acpid.pid) >/dev/null 2>&1 &
 
 read -r cmdline </proc/cmdline
+case $drivers in
+*virtiofs*)
+	for word in $cmdline; do
+		case $word in
+		lodger.share=*)
+			tag=${word#lodger.share=}
+			dir=${tag#*:}
+			options=rw
+			case $dir in
+			*:ro) dir=${dir%:ro} options=ro ;;
+			esac
+			mkdir -p "$dir"
+			mount -t virtiofs -o $options "${tag%%:*}" "$dir"
+			;;
+		esac
+	done
+	;;
+esac
+
 case $cmdline in
 *'lodger.run="'*)
 	run=${cmdline#*'lodger.run="'}
@@ -81,9 +102,9 @@ fi
 
 # Leave disks clean, and the console's last bytes sent (a terminal setting waits
 # for them).
-while read -r device dir _; do
-	case $device in
-	/dev/*) umount "$dir" ;;
+while read -r device dir type _; do
+	case $type:$device in
+	virtiofs:* | *:/dev/*) umount "$dir" ;;
 	esac
 done </proc/mounts
 stty sane

@@ -19,8 +19,8 @@ use crate::error::{IoContext, Result};
 /// The name of the manifest in an image's directory.
 pub(crate) const FILE: &str = "image.json";
 
-/// The version of the format below. A reader takes no other.
-const FORMAT: u32 = 1;
+/// The version of the format below, and of what images hold beside their packages. A reader takes no other.
+const FORMAT: u32 = 2;
 
 /// The parts of one image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -31,6 +31,7 @@ const MODULES: &[&str] = &[
     "virtio_net",
     "virtio_rng",
     "vmw_vsock_virtio_transport",
+    "virtiofs",
     "ext4",
     "button",
     "evdev",

@@ -1,5 +1,6 @@
 //! The arguments and their help.
 
+mod share;
 mod vms;
 
 use std::path::PathBuf;
@@ -12,6 +13,7 @@ use lodger_x86::CpuModel;
 use serde::{Deserialize, Serialize};
 
 use crate::spec::Restart;
+pub use share::Share;
 pub use vms::{
     ConsoleArgs, DownArgs, FileArgs, Keeping, Label, LogsArgs, ManArgs, PsArgs, RmArgs, SetArgs,
     StartArgs, StopArgs, UpArgs, Vms,
@@ -228,6 +230,11 @@ pub struct RunArgs {
     /// its directory, which `lodger exec`, `cp` and `ssh` use
     #[arg(long, value_name = "PATH")]
     pub vsock: Option<VsockChoice>,
+    /// A folder of the host that the guest has, too (repeatable). Images that Lodger builds mount it at GUEST; other
+    /// guests with `mount -t virtiofs share0 DIR`, share1 for the second and so on. `:ro`: the guest can change nothing
+    /// in it; `:uid=N,gid=N`: to whom in the guest your files belong, root if nothing is said
+    #[arg(long = "share", value_name = "HOST:GUEST[:OPTION]")]
+    pub shares: Vec<Share>,
     /// A further device (repeatable)
     #[arg(long = "device", value_name = "DEVICE", value_enum)]
     pub devices: Vec<DeviceChoice>,
@@ -497,6 +504,7 @@ mod tests {
             "run --net tap=tap0",
             "run --net isolated -p 80:80",
             "run -p 8080:80 --publish 127.0.0.1:5353:53/udp --net user",
+            "run --share .:/srv --share /data:/data:ro",
             "image list",
             "image build",
             "image build debian:trixie --size 4G --package git --package gcc --user me --ssh-key k",
@@ -525,6 +533,7 @@ mod tests {
             "run --vsock=",
             "run --net bridge=br0",
             "run -p 80",
+            "run --share .",
             "image remove",
             "disk create a",
             "disk create a 10X",

@@ -97,7 +97,7 @@ fn machine_spec(args: &RunArgs, engine: &dyn Engine) -> Result<MachineSpec, Erro
         boot: BootSpec {
             kernel: args.kernel.clone().unwrap_or_default(),
             initrd: args.initrd.clone(),
-            append: args.append.clone().unwrap_or_default(),
+            append: append(args),
         },
         virtio: VirtioSpec {
             disks: args.disks.iter().map(|disk| disk.0.clone()).collect(),
@@ -110,12 +110,25 @@ fn machine_spec(args: &RunArgs, engine: &dyn Engine) -> Result<MachineSpec, Erro
                 Some(VsockChoice::At(path)) => Some(VsockSpec::new(path)),
                 Some(VsockChoice::None) | None => None,
             },
+            shares: (args.shares.iter().enumerate())
+                .map(|(index, share)| share.spec(index))
+                .collect(),
         },
         debug_exit: has(DeviceChoice::DebugExit),
     };
     // Before an image is built for it.
     spec.check(engine)?;
     Ok(spec)
+}
+
+/// What the user adds to the kernel command line.
+fn append(args: &RunArgs) -> String {
+    let shares = args.shares.iter().enumerate();
+    let shares = shares.map(|(index, share)| share.append(index));
+    shares
+        .chain(args.append.clone())
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 /// Adds what to boot, and the root disk of an image that has one. `dir` is the directory of a VM that is kept.
@@ -173,7 +186,7 @@ fn boot_spec(
     dir: Option<&Path>,
     quiet: bool,
 ) -> Result<(BootSpec, Option<BlkSpec>), Error> {
-    let mut append = args.append.clone().unwrap_or_default();
+    let mut append = append(args);
     let name = args.image.as_deref().unwrap_or(lodger_image::DEFAULT_IMAGE);
     let mut bar = Bar::new(quiet);
     let mut machine = images::Machine(args.engine);

@@ -1,4 +1,4 @@
-//! The virtio devices: block, console, entropy, network, sockets. Virtual I/O Device (VIRTIO) Version 1.2, section 5.
+//! The virtio devices: block, console, entropy, file system, network, sockets. Virtual I/O Device (VIRTIO) Version 1.2, section 5.
 //!
 //! Each device serves its queues on threads of its own, so that a guest's register access never waits for the host. (A disk
 //! answers at once what is in the host's memory.) Beside each
@@ -6,6 +6,7 @@
 
 mod blk;
 mod console;
+mod fs;
 mod net;
 mod rate;
 mod rng;
@@ -14,6 +15,7 @@ mod workers;
 
 pub use blk::{Blk, BlkError, BlkSpec};
 pub use console::{Console, ConsoleSpec, Output};
+pub use fs::{Fs, FsError, FsSpec};
 pub use net::{Net, NetSpec, NetworkSpec};
 pub use rate::{Limits, Rate};
 pub use rng::{Rng, RngSpec};

@@ -18,7 +18,7 @@ use lodger_pci::{AddError, CONFIG_PORTS, CONFIG_PORTS_LEN, HostBridge, PciBus};
 use lodger_tables::{AcpiConfig, fw_cfg_files};
 use lodger_vcpu::{Engine, EngineError, VmConfig};
 use lodger_virtio::{VirtioPci, Wiring};
-use lodger_virtio_devices::{BlkError, Output, RngSpec, VsockError};
+use lodger_virtio_devices::{BlkError, FsError, Output, RngSpec, VsockError};
 use lodger_x86::cpu_model::UnknownModel;
 use lodger_x86::{CpuModel, HostFeatures};
 
@@ -65,6 +65,9 @@ pub enum BuildError {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] BlkError),
+    /// A shared folder.
+    #[error(transparent)]
+    Share(#[from] FsError),
     /// A network.
     #[error(transparent)]
     Net(#[from] NetError),
@@ -136,6 +139,16 @@ impl Machine {
         }
         if let Some(vsock) = &spec.virtio.vsock {
             board.add_virtio(&pci, vsock.build("virtio-vsock0", &wiring)?)?;
+        }
+        let shares = &spec.virtio.shares;
+        // Half of what there may be in all.
+        let files = match shares.len() {
+            0 => 0,
+            count => lodger_share::raise_file_limit() / 2 / count,
+        };
+        for (i, share) in shares.iter().enumerate() {
+            let share = share.build(&format!("virtio-fs{i}"), &wiring, files)?;
+            board.add_virtio(&pci, share)?;
         }
         // Last, so that at a reset they forget what the others did to their lines.
         board.devices.push(board.ioapic.clone());

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use lodger_pci::SLOTS;
 use lodger_vcpu::Engine;
-use lodger_virtio_devices::{BlkSpec, ConsoleSpec, NetSpec, VsockSpec};
+use lodger_virtio_devices::{BlkSpec, ConsoleSpec, FsSpec, NetSpec, VsockSpec};
 use lodger_x86::CpuModel;
 use lodger_x86::cpu_model::UnknownModel;
 use serde::{Deserialize, Serialize};
@@ -62,6 +62,9 @@ pub struct VirtioSpec {
     /// Sockets between guest and host.
     #[serde(default)]
     pub vsock: Option<VsockSpec>,
+    /// Shared folders.
+    #[serde(default)]
+    pub shares: Vec<FsSpec>,
 }
 
 /// A spec that no machine can be built from.
@@ -104,6 +107,9 @@ impl MachineSpec {
         for disk in &self.virtio.disks {
             disk.check()?;
         }
+        for share in &self.virtio.shares {
+            share.check()?;
+        }
         Ok(())
     }
 
@@ -129,10 +135,11 @@ impl MachineSpec {
             console,
             nets,
             vsock,
+            shares,
         } = &self.virtio;
         // One is the source of entropy.
         let others = console.iter().len() + vsock.iter().len();
-        let devices = disks.len() + nets.len() + others + 1;
+        let devices = disks.len() + nets.len() + shares.len() + others + 1;
         let max = usize::from(SLOTS) - 1;
         match devices > max {
             true => Err(SpecError::Devices { devices, max }.into()),

@@ -116,8 +116,10 @@ fn paths(spec: &mut MachineSpec) -> impl Iterator<Item = &mut PathBuf> {
     let kernel = Some(&mut spec.boot.kernel).filter(|path| !path.as_os_str().is_empty());
     let disks = spec.virtio.disks.iter_mut().map(|disk| &mut disk.path);
     let vsock = spec.virtio.vsock.iter_mut().map(|vsock| &mut vsock.path);
+    let folders = spec.virtio.shares.iter_mut().map(|share| &mut share.folder);
     (kernel.into_iter())
         .chain(&mut spec.boot.initrd)
         .chain(disks)
         .chain(vsock)
+        .chain(folders)
 }

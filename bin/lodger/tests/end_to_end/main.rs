@@ -7,4 +7,5 @@ mod durability;
 mod guest;
 mod network;
 mod process;
+mod share;
 mod vms;
