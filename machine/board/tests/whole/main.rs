@@ -144,7 +144,7 @@ fn wrong_specs_are_found_before_anything_is_built() {
     };
     let disk = &right.virtio.disks[1];
     type Change<'a> = &'a dyn Fn(&mut MachineSpec);
-    let cases: [(Change, &str); 9] = [
+    let cases: [(Change, &str); 10] = [
         (&|_| (), "right"),
         (&|s| s.memory = 4096, "4096 bytes of memory"),
         (&|s| s.memory += 1, "a multiple of 4096"),
@@ -156,14 +156,18 @@ fn wrong_specs_are_found_before_anything_is_built() {
             &|s| s.virtio.disks[0].path = "/no/such/disk".into(),
             "/no/such/disk",
         ),
-        (&|s| s.virtio.disks = vec![disk.clone(); 28], "room for 31"),
+        (
+            &|s| s.virtio.shares[0].folder = "/no/such/folder".into(),
+            "/no/such/folder",
+        ),
+        (&|s| s.virtio.disks = vec![disk.clone(); 27], "room for 31"),
     ];
     for (change, says) in cases {
         let got = check(change);
         assert!(got.contains(says), "{got:?} does not say {says:?}");
     }
     // As many as there is room for.
-    assert_eq!(check(&|s| s.virtio.disks = vec![disk.clone(); 27]), "right");
+    assert_eq!(check(&|s| s.virtio.disks = vec![disk.clone(); 26]), "right");
 }
 
 #[test]

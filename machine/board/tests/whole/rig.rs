@@ -7,7 +7,7 @@ use lodger_board::{BootSpec, Host, Machine, MachineSpec, VirtioSpec};
 use lodger_clock::manual::ManualClock;
 use lodger_device_model::{MachineControl, MachineRequest};
 use lodger_vcpu::{Capabilities, Engine, EngineError, EngineVm, Vcpu, VmConfig};
-use lodger_virtio_devices::{BlkSpec, ConsoleSpec, NetSpec, NetworkSpec, VsockSpec};
+use lodger_virtio_devices::{BlkSpec, ConsoleSpec, FsSpec, NetSpec, NetworkSpec, VsockSpec};
 use lodger_x86::HostFeatures;
 use tempfile::NamedTempFile;
 
@@ -140,6 +140,12 @@ pub fn spec(files: &[NamedTempFile]) -> MachineSpec {
             }),
             nets: vec![NetSpec::new(NetworkSpec::User(Default::default()))],
             vsock: Some(VsockSpec::new(files[0].path().with_extension("vsock"))),
+            shares: vec![FsSpec {
+                folder: std::env::temp_dir(),
+                tag: "share0".into(),
+                read_only: true,
+                owner: (0, 0),
+            }],
         },
         debug_exit: true,
     }
