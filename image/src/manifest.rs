@@ -273,7 +273,7 @@ mod tests {
     fn damage_to_the_manifest_is_seen() {
         for (from, to, expected) in [
             ("{", "", "image.json: "),
-            ("\"format\": 1", "\"format\": 2", "format 2"),
+            ("\"format\": 2", "\"format\": 1", "format 1"),
             ("\"vmlinuz\"", "\"../vmlinuz\"", "outside"),
             ("\"vmlinuz\"", "\"/etc/passwd\"", "outside"),
             ("\"file\": \"initrd\"", "\"file\": \"..\"", "outside"),
