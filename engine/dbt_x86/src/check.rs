@@ -6,7 +6,7 @@ use lodger_softmmu::{ENTRIES, MmuIndex, TlbEntry};
 use crate::emit::{Mem, Op, Reg, S, T, abs, at, cc};
 use crate::env::{BOUNCE, SITE_ENTRIES};
 use crate::exits::Rare;
-use crate::group::{Base, Group};
+use crate::group::{Base, Group, constant};
 use crate::refill::SITE_BITS;
 use crate::translate::{Block, Site, Span};
 
@@ -43,6 +43,9 @@ impl Block<'_> {
                 self.lea(at(base, disp), narrow);
                 return None;
             }
+            Address::Group(group) if group.base == Base::CONSTANT => {
+                return self.constant(group.start as u64);
+            }
             Address::Group(group) => {
                 self.lea(group.base.at(group.start), narrow);
                 return None;
@@ -55,18 +58,11 @@ impl Block<'_> {
             _ => None,
         };
         let (base, index) = (i.memory_base(), i.memory_index());
-        let constant = if i.is_ip_rel_memory_operand() {
-            Some(i.ip_rel_memory_address())
-        } else if base == Register::None && index == Register::None {
-            Some(i.memory_displacement64())
-        } else {
-            None
-        };
-        match constant {
+        match constant(i) {
             Some(value) => {
-                self.code.mov_imm(S, value);
+                let value = self.constant(value);
                 if base_of.is_none() {
-                    return Some(value);
+                    return value;
                 }
             }
             None => {
@@ -92,6 +88,11 @@ impl Block<'_> {
         None
     }
 
+    fn constant(&mut self, value: u64) -> Option<u64> {
+        self.code.mov_imm(S, value);
+        Some(value)
+    }
+
     /// Puts an address of 32 or 64 bits into S.
     fn lea(&mut self, mem: Mem, narrow: bool) {
         match narrow {
@@ -108,19 +109,22 @@ impl Block<'_> {
             self.look_up(address, size, write, true, live);
             return at(S, 0);
         };
-        if let Some(operand) = self.grouped(place, size, write) {
+        if let Some(operand) = self.known(place, size, write) {
             return operand;
         }
-        let group = self.new_group(place, size, write);
+        let (group, keep) = self.new_group(place, size, write);
         let skip = (place.disp - group.start) as u16;
         let range = Span {
             skip,
             len: group.span as u16,
             write: group.write,
             stack: place.base == Base::STACK,
-            copied: true,
+            copied: !keep,
         };
         self.look_up_range(Address::Group(group), range, size, write, live);
+        if keep {
+            self.keep(group);
+        }
         self.group = Some(group);
         at(S, skip.into())
     }

@@ -7,6 +7,8 @@ use lodger_interp::Cpu;
 use lodger_softmmu::{Direction, MmuIndex, TlbEntry};
 use lodger_x86::{Msrs, Segment};
 
+use crate::group::KEPT;
+
 /// Slots of the jump tables of a privilege: an address is looked up by its low bits. User code jumps through them from page to page, the
 /// kernel's code, which is global, does not.
 const KERNEL_SLOTS: usize = 1 << 16;
@@ -98,6 +100,8 @@ pub struct Env {
     pub entry: u64,
     /// Both sides of a read that crosses pages.
     pub bounce: Bounce,
+    /// Host addresses that the block uses again.
+    pub kept: [u64; KEPT],
     /// By privilege, the page of the latest access off RSP.
     pub stacks: [TlbEntry; 3],
     /// Registers of a repeated string instruction.
@@ -238,6 +242,10 @@ impl Layout {
     }
     pub fn entry(&self) -> u32 {
         self.env + offset_of!(Env, entry) as u32
+    }
+    /// A host address that is kept.
+    pub fn kept(&self, number: usize) -> u32 {
+        self.env + (offset_of!(Env, kept) + 8 * number) as u32
     }
     pub fn bounce(&self) -> u32 {
         self.env + offset_of!(Env, bounce) as u32

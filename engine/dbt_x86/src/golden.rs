@@ -10,10 +10,11 @@ use std::path::{Path, PathBuf};
 use iced_x86::{
     Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter, SymbolResolver, SymbolResult,
 };
-use lodger_softmmu::MmuIndex;
+use lodger_softmmu::{ENTRIES, MmuIndex};
 
 use crate::emit::Code;
 use crate::env::Layout;
+use crate::group::KEPT;
 use crate::insn::Simd;
 use crate::refill::Refills;
 use crate::routines::Routines;
@@ -69,7 +70,7 @@ impl Names {
         ] {
             for (direction, name) in ["read", "write"].iter().enumerate() {
                 let table = layout.tables[index as usize][direction];
-                add(table, 16 * 4096, &format!("tlb.{mode}.{name}"));
+                add(table, 16 * ENTRIES as u32, &format!("tlb.{mode}.{name}"));
             }
             add(layout.stack(index), 16, &format!("stack.{mode}"));
             let slots = crate::env::jump_slots(index) as u32 * 8;
@@ -108,6 +109,9 @@ impl Names {
             (layout.sfmask(), "sfmask"),
         ] {
             add(place, 8, name);
+        }
+        for n in 0..KEPT {
+            add(layout.kept(n), 8, &format!("kept{n}"));
         }
         add(layout.strings(), 32, "strings");
         for n in 0..64 {

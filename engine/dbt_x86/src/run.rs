@@ -387,7 +387,9 @@ impl Dbt {
                         if ready && !self.find_range(cpu, start, range) {
                             self.cache.note_vain_lookup(&mut self.env, retry);
                         }
-                        if !(ready && self.find_range(cpu, start, range)) {
+                        // What the block knows of pages must still be true.
+                        let unchanged = cpu.tlb.age() == self.tlb_age;
+                        if !(unchanged && ready && self.find_range(cpu, start, range)) {
                             self.refund(rest);
                             self.cache.counters.slow_accesses += 1;
                             return Next::Interpret;

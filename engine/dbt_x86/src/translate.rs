@@ -20,7 +20,7 @@ use crate::emit::{Code as HostCode, Mem, Op, RBP, RSP, Reg, S, T, abs, at};
 use crate::env::Layout;
 use crate::exits::Stub;
 use crate::flags::Flags;
-use crate::group::Group;
+use crate::group::{Group, Kept};
 use crate::insn::{FLAGS, Insn, Kind, Simd, is_stolen};
 use crate::routines::Routines;
 
@@ -212,6 +212,7 @@ pub struct Block<'a> {
     pub index: usize,
     /// What S holds.
     pub group: Option<Group>,
+    pub kept: Kept,
     /// Groups may have more than one member.
     pub grouping: bool,
     /// Instructions of the block, and of these not yet executed before the current one; zero if ticks are not counted.
@@ -249,6 +250,7 @@ impl<'a> Block<'a> {
             insns: Vec::new(),
             index: 0,
             group: None,
+            kept: Kept::default(),
             grouping: source.grouping,
             total: 0,
             rest: 0,
@@ -432,7 +434,7 @@ impl<'a> Block<'a> {
                 break;
             }
             ended = insn.ends_block();
-            self.keep_group(insn);
+            self.keep_groups(insn);
             self.rest = self.rest.saturating_sub(1);
         }
         if !ended {
