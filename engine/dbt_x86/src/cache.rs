@@ -37,8 +37,8 @@ const LONGEST: usize = 15;
 /// Sites that are kept, at most: the code cache is full before.
 const MAX_SITES: usize = 1 << 22;
 
-/// Vain lookups of groups after which a block does without.
-const VAIN_LOOKUPS: u32 = 16;
+/// Jumps of a block to itself after which it is unrolled.
+const HOT: u32 = 16;
 /// Refills of an access's own entry, between two flushes, after which it does without.
 pub const REFILLS: i32 = 32;
 
@@ -77,8 +77,8 @@ struct Block {
     incoming: Vec<u32>,
     traps: Box<[Trap]>,
     sites: Range<u32>,
-    /// See [`Cache::note_vain_lookup`].
-    vain_lookups: u32,
+    /// See [`Cache::is_hot_loop`].
+    rounds: u32,
 }
 
 impl Block {
@@ -113,8 +113,8 @@ pub struct Cache {
     blocks: Vec<Block>,
     by_address: HashMap<(u64, u8), Vec<BlockId>, Hasher>,
     by_page: HashMap<u64, Vec<BlockId>, Hasher>,
-    /// Blocks whose accesses are each looked up alone.
-    alone: HashSet<(u64, u8)>,
+    /// Blocks that are loops, worth to be unrolled.
+    loops: HashSet<(u64, u8)>,
     /// Instructions of user code whose accesses change pages often.
     wanderers: HashSet<u64>,
     /// Entries of sites that are taken.
@@ -145,7 +145,7 @@ impl Cache {
             blocks: Vec::new(),
             by_address: HashMap::default(),
             by_page: HashMap::default(),
-            alone: HashSet::new(),
+            loops: HashSet::new(),
             wanderers: HashSet::new(),
             entries: 0,
             jumps: Jumps::default(),
@@ -185,7 +185,7 @@ impl Cache {
         self.blocks.clear();
         self.by_address.clear();
         self.by_page.clear();
-        self.alone.clear();
+        self.loops.clear();
         self.wanderers.clear();
         self.entries = 0;
         env.empty_sites();
@@ -269,16 +269,21 @@ impl Cache {
         }
     }
 
-    /// A lookup of a group of accesses in the code at `place` failed, although that of its first access would not have. If that is frequent
-    /// the block is translated again, without groups.
-    pub fn note_vain_lookup(&mut self, env: &mut Env, place: u32) {
-        let id = self.block_at(place);
+    /// The jump of a [`Site::Direct`] leads to block `id`. Whether it is a loop's that has had some rounds: then the block is retired, and
+    /// will be unrolled.
+    pub fn is_hot_loop(&mut self, env: &mut Env, site: u32, id: BlockId) -> bool {
         let block = &mut self.blocks[id as usize];
-        block.vain_lookups += 1;
-        if block.vain_lookups == VAIN_LOOKUPS {
-            self.alone.insert((block.linear, block.mode.mmu as u8));
+        let key = (block.linear, block.mode.mmu as u8);
+        if !block.sites.contains(&site) || block.mode.alone || self.loops.contains(&key) {
+            return false;
+        }
+        block.rounds += 1;
+        let hot = block.rounds == HOT;
+        if hot {
+            self.loops.insert(key);
             self.retire(env, id);
         }
+        hot
     }
 
     /// The code at `place` may have accesses that change pages so often that their own entries are no use: then it is translated again,
@@ -435,7 +440,7 @@ impl Cache {
             incoming: Vec::new(),
             traps: translated.traps.into(),
             sites: first_site..self.sites.len() as u32,
-            vain_lookups: 0,
+            rounds: 0,
         };
         if tracing::enabled!(target: "lodger_dbt_x86::dump", tracing::Level::TRACE) {
             let start = (linear & 0xfff) as usize;
@@ -472,7 +477,7 @@ impl Cache {
             global,
             mode,
             wanderers: &self.wanderers,
-            grouping: !self.alone.contains(&(linear, mode.mmu as u8)),
+            unroll: !mode.alone && self.loops.contains(&(linear, mode.mmu as u8)),
         };
         let buffer = std::mem::take(&mut self.buffer);
         let mut code = Code::new(self.memory.next(16), buffer);
@@ -506,6 +511,9 @@ impl Cache {
             return;
         };
         let block = &mut self.blocks[id as usize];
+        if block.sites.contains(&site) && block.rounds > 0 && block.rounds < HOT {
+            return;
+        }
         if leaves_page && !block.global {
             self.counters.unlinked_jumps += 1;
             return;

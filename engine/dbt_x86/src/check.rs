@@ -7,7 +7,7 @@ use crate::emit::{Mem, Op, Reg, S, T, abs, at, cc};
 use crate::env::{BOUNCE, SITE_ENTRIES};
 use crate::exits::Rare;
 use crate::group::{Base, Group, constant};
-use crate::refill::SITE_BITS;
+use crate::refill::Reason;
 use crate::translate::{Block, Site, Span};
 
 const TAG: i32 = TlbEntry::LAYOUT.0 as i32;
@@ -118,7 +118,8 @@ impl Block<'_> {
             skip,
             len: group.span as u16,
             write: group.write,
-            stack: place.base == Base::STACK,
+            // That entry is for pages that may be written.
+            stack: place.base == Base::STACK && !self.source.mode.alone,
             copied: !keep,
         };
         self.look_up_range(Address::Group(group), range, size, write, live);
@@ -191,7 +192,7 @@ impl Block<'_> {
                 *entry = Some(address);
             }
         }
-        self.stub(jump, Rare::Lookup(tag, lookup), site);
+        self.stub(jump, Rare::Lookup(tag, lookup, live), site);
     }
 
     /// Address of an entry for the current access alone, if it is to have one: in user code, unless it was seen to change pages often.
@@ -207,41 +208,63 @@ impl Block<'_> {
     }
 
     /// The code for a lookup that missed.
-    pub fn missed(&mut self, number: u32, tag: Mem, lookup: Lookup) {
+    pub fn missed(&mut self, number: u32, tag: Mem, lookup: Lookup, live: u32) {
         let Site::Access {
+            rip,
             retry,
             resume,
             size,
             write,
             range,
+            rest,
             ..
         } = self.sites[number as usize]
         else {
             unreachable!("made by a lookup")
         };
         self.code.op(Op::Add, S, tag);
-        let alone = range.copied && range.len == u16::from(size) && !range.write && !write;
-        let crosses = alone && (2..=BOUNCE).contains(&i32::from(size));
-        if lookup == Lookup::Tlb && !crosses {
+        let single = range.copied && range.len == u16::from(size) && !range.write && !write;
+        let together = range.len > u16::from(size) && range.len < 4096;
+        let reason = if together {
+            let write = range.write || range.stack;
+            Reason::Together { write }
+        } else if single && (2..=BOUNCE).contains(&i32::from(size)) {
+            Reason::Read(size)
+        } else {
+            Reason::Other
+        };
+        if lookup == Lookup::Tlb && matches!(reason, Reason::Other) {
             return self.leave_with(number);
         }
         let refills = self.routines.refills[self.source.mode.mmu as usize];
-        let mut reason = number;
-        if crosses {
-            self.code.store_imm32(abs(self.layout.resume()), resume);
-            reason |= u32::from(size) << SITE_BITS;
-        }
+        let go_on = match reason {
+            Reason::Read(_) => {
+                self.code.store_imm32(abs(self.layout.resume()), resume);
+                None
+            }
+            Reason::Together { .. } => {
+                let alone = self.code.lea_forward(T);
+                self.code.op(Op::Store, T, abs(self.layout.resume()));
+                Some(alone)
+            }
+            Reason::Other => None,
+        };
         if lookup != Lookup::Tlb {
             self.code.store_imm32(abs(self.layout.retry()), retry);
         }
         if let Lookup::Site(entry) = lookup {
             self.code.store_imm32(abs(self.layout.entry()), entry);
         }
-        self.code.mov_imm(T, reason.into());
+        self.code.mov_imm(T, reason.with(number).into());
         self.code.jmp(match lookup {
             Lookup::Tlb => refills.none,
             Lookup::Stack => refills.stack,
             Lookup::Site(_) => refills.site[usize::from(range.write)],
         });
+        if let Some(place) = go_on {
+            self.code.land(place);
+            self.refund(rest);
+            self.go_alone(rip, live);
+        }
     }
 }

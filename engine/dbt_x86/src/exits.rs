@@ -26,8 +26,8 @@ pub struct Stub {
 pub enum Rare {
     /// A site, nothing else to do.
     Leave,
-    /// A lookup: the tag was subtracted from the address, and is at this place.
-    Lookup(Mem, Lookup),
+    /// A lookup: the tag was subtracted from the address, and is at this place; the flags that the instruction and those behind it need.
+    Lookup(Mem, Lookup, u32),
     /// A direct jump to where `live` flags are needed.
     Direct { live: u32 },
     /// A jump to another page.
@@ -141,30 +141,36 @@ impl Block<'_> {
     }
 
     pub fn emit_stubs(&mut self) {
-        for stub in std::mem::take(&mut self.stubs) {
-            self.code.land(stub.jump);
-            self.flags = stub.flags;
-            match stub.what {
-                Rare::Leave => self.leave_with(stub.site),
-                Rare::Lookup(tag, lookup) => self.missed(stub.site, tag, lookup),
-                Rare::Far(target) => self.far(target),
-                Rare::Direct { live } => {
-                    let here = self.code.here() as u32;
-                    self.leave_with(stub.site);
-                    let restores = live != 0 && self.flags == Flags::Saved;
-                    let detour = restores.then(|| {
-                        let start = self.code.here() as u32;
-                        self.restore_flags();
-                        let leave = self.routines.leave;
-                        (start, self.code.jmp(leave) as u32)
-                    });
-                    if let Site::Direct {
-                        stub, restoring, ..
-                    } = &mut self.sites[stub.site as usize]
-                    {
-                        *stub = here;
-                        *restoring = detour;
-                    }
+        while !self.stubs.is_empty() {
+            for stub in std::mem::take(&mut self.stubs) {
+                self.emit_stub(stub);
+            }
+        }
+    }
+
+    fn emit_stub(&mut self, stub: Stub) {
+        self.code.land(stub.jump);
+        self.flags = stub.flags;
+        match stub.what {
+            Rare::Leave => self.leave_with(stub.site),
+            Rare::Lookup(tag, lookup, live) => self.missed(stub.site, tag, lookup, live),
+            Rare::Far(target) => self.far(target),
+            Rare::Direct { live } => {
+                let here = self.code.here() as u32;
+                self.leave_with(stub.site);
+                let restores = live != 0 && self.flags == Flags::Saved;
+                let detour = restores.then(|| {
+                    let start = self.code.here() as u32;
+                    self.restore_flags();
+                    let leave = self.routines.leave;
+                    (start, self.code.jmp(leave) as u32)
+                });
+                if let Site::Direct {
+                    stub, restoring, ..
+                } = &mut self.sites[stub.site as usize]
+                {
+                    *stub = here;
+                    *restoring = detour;
                 }
             }
         }
@@ -227,16 +233,24 @@ impl Block<'_> {
         }
         let patch = self.code.here() + 1;
         let jump = self.code.jmp_forward();
-        self.direct(jump, target, patch, live);
+        self.direct(jump, target, patch, live, false);
     }
 
-    fn direct(&mut self, jump: Jump, target: u64, patch: usize, live: u32) {
+    /// To the instruction at `target` in code that looks up each access alone.
+    pub fn go_alone(&mut self, target: u64, live: u32) {
+        let patch = self.code.here() + 1;
+        let jump = self.code.jmp_forward();
+        self.direct(jump, target, patch, live, true);
+    }
+
+    fn direct(&mut self, jump: Jump, target: u64, patch: usize, live: u32, alone: bool) {
         let site = Site::Direct {
             target,
             patch: patch as u32,
             stub: 0,
             restoring: None,
             leaves_page: (target ^ self.source.linear) >> 12 != 0,
+            alone,
         };
         self.stub(jump, Rare::Direct { live }, site);
     }
@@ -253,7 +267,7 @@ impl Block<'_> {
         } else if self.is_near(target) {
             let patch = self.code.here() + 2;
             let jump = self.code.jcc_forward(condition);
-            self.direct(jump, target, patch, live);
+            self.direct(jump, target, patch, live, false);
         } else {
             let jump = self.code.jcc_forward(condition);
             self.stubs.push(Stub {

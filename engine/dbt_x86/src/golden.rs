@@ -190,6 +190,7 @@ fn mode(words: &str) -> Mode {
         counted: has("counted"),
         smap: true,
         bases: true,
+        alone: has("alone"),
     }
 }
 
@@ -209,7 +210,7 @@ fn translation(words: &str, hex: &str) -> String {
         page: &page,
         global: mode.is_ring0(),
         mode,
-        grouping: true,
+        unroll: words.contains("unrolled"),
         wanderers: &HashSet::new(),
     };
     let mut host = Code::new(BASE, Vec::new());

@@ -116,7 +116,7 @@ enum Effect {
 
 /// An access to memory off a base register.
 #[derive(Debug, Clone, Copy)]
-struct Member {
+pub struct Member {
     place: Place,
     size: u8,
     write: bool,
@@ -192,7 +192,7 @@ pub fn written(insn: &Insn, info: &mut InstructionInfoFactory) -> u16 {
 
 impl Insn {
     /// The access that is its first, if a group may hold it.
-    fn member(&self) -> Option<Member> {
+    pub fn member(&self) -> Option<Member> {
         let word = i64::from(self.word);
         let stack = |disp, write| {
             Some(Member {
@@ -289,7 +289,7 @@ impl Insn {
     }
 
     /// Whether what is in memory may still be used behind it.
-    fn keeps_groups(&self) -> bool {
+    pub fn keeps_groups(&self) -> bool {
         matches!(
             self.kind,
             Kind::Nothing
@@ -348,9 +348,9 @@ impl Block<'_> {
         let (mut low, mut high) = (place.disp, place.disp + i64::from(size));
         let (mut moved, mut write, mut behind_branch) = (0_i64, write, false);
         let (mut in_s, mut keep) = (true, false);
-        let rest = match self.grouping {
-            true => &self.insns[self.index..],
-            false => &[],
+        let rest = match self.source.mode.alone {
+            false => &self.insns[self.index..],
+            true => &[],
         };
         for pair in rest.windows(2).take(AHEAD) {
             let [insn, next] = pair else { unreachable!() };

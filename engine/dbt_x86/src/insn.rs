@@ -105,6 +105,8 @@ pub struct Insn {
     pub traps: bool,
     /// It uses the vector registers.
     pub vector: bool,
+    /// A conditional jump after which, if it is taken, the next instruction of the block comes: another round of a loop.
+    pub goes_on: bool,
     /// Flags that it or what follows needs of those before it.
     pub live: u32,
     /// Flags that what follows needs.
@@ -129,6 +131,7 @@ impl Insn {
             kind: Kind::Interpret,
             traps: false,
             vector: false,
+            goes_on: false,
             live: FLAGS,
             live_after: FLAGS,
             written: 0,

@@ -1,8 +1,9 @@
-//! Misses that need no Rust code. S is the guest address that was looked up, T the site and, in bits 24 and up, the bytes of the access if
-//! it is a single read; the flags are saved or dead.
+//! Misses that need no Rust code. S is the guest address that was looked up, T the site and what else is in [`Reason`]; the flags are
+//! saved or dead.
 //!
 //! A copy of a TLB entry (that of the stack, that of a site) is taken anew from the TLB. A read that crosses from one page to another is
-//! made from a buffer to which both sides are copied. All else leaves.
+//! made from a buffer to which both sides are copied. Where several accesses were looked up together, and the first page is in the TLB, they
+//! are not all in that page: code goes on that looks up each alone. All else leaves.
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -12,7 +13,32 @@ use crate::cache::REFILLS;
 use crate::env::{BOUNCE, Layout, SiteEntry};
 
 /// Bits of the site's number in T.
-pub const SITE_BITS: u32 = 24;
+const SITE_BITS: u32 = 24;
+const SIZE_BITS: u32 = 6;
+const TOGETHER: u32 = 30;
+const WRITE: u32 = 31;
+
+/// What T says of a miss beside the site.
+#[derive(Debug, Clone, Copy)]
+pub enum Reason {
+    Other,
+    /// A single read of so many bytes, for which `Env::resume` is the code behind the lookup.
+    Read(u8),
+    /// Several accesses, for which `Env::resume` is the code for each alone; some write.
+    Together {
+        write: bool,
+    },
+}
+
+impl Reason {
+    pub fn with(self, site: u32) -> u32 {
+        site | match self {
+            Reason::Other => 0,
+            Reason::Read(size) => u32::from(size) << SITE_BITS,
+            Reason::Together { write } => 1 << TOGETHER | u32::from(write) << WRITE,
+        }
+    }
+}
 
 /// Addresses of the routines of one privilege.
 #[derive(Debug, Clone, Copy)]
@@ -21,7 +47,7 @@ pub struct Refills<P> {
     pub stack: P,
     /// For the entry at `Env::entry`, for reading and for writing.
     pub site: [P; 2],
-    /// For no entry: reads across pages only, which go on at `Env::resume`.
+    /// For no entry: for those only that can go on at `Env::resume`.
     pub none: P,
 }
 
@@ -47,7 +73,7 @@ pub fn emit(
     index: MmuIndex,
     leave: CodeLabel,
 ) -> Result<Refills<CodeLabel>, IcedError> {
-    let mut cross = a.create_label();
+    let mut other = a.create_label();
     let mut fail = a.create_label();
     let routine = |a: &mut CodeAssembler, direction: Direction, own: bool| {
         let mut label = a.create_label();
@@ -57,7 +83,7 @@ pub fn emit(
             true => a.mov(ecx, dword_ptr(layout.entry() as i32))?,
             false => a.mov(ecx, layout.stack(index) as i32)?,
         }
-        take_entry(a, layout.tables[index as usize][direction as usize], cross)?;
+        take_entry(a, layout.tables[index as usize][direction as usize], other)?;
         if own {
             note_filled(a, layout, fail)?;
         }
@@ -73,8 +99,8 @@ pub fn emit(
     let mut none = a.create_label();
     a.set_label(&mut none)?;
     begin(a, layout)?;
-    a.set_label(&mut cross)?;
-    read_across(a, layout, index, fail)?;
+    a.set_label(&mut other)?;
+    cross(a, layout, index, fail)?;
     end(a, layout)?;
     a.jmp(at(layout.resume()))?;
     a.set_label(&mut fail)?;
@@ -131,8 +157,9 @@ fn note_filled(a: &mut CodeAssembler, layout: &Layout, often: CodeLabel) -> Resu
     a.set_label(&mut listed)
 }
 
-/// Makes S the address of a copy of what it points to, if that is in two pages that may both be read.
-fn read_across(
+/// Goes on with each access alone if there are several. Makes S the address of a copy of what it points to, if that is read and in two pages
+/// that may both be read.
+fn cross(
     a: &mut CodeAssembler,
     layout: &Layout,
     index: MmuIndex,
@@ -141,8 +168,25 @@ fn read_across(
     let table = layout.tables[index as usize][Direction::Read as usize] as i32;
     let (tag, page) = (TlbEntry::LAYOUT.0 as i32, TlbEntry::LAYOUT.1 as i32);
     let bounce = layout.bounce() as i32;
+    let mut single = a.create_label();
     a.mov(ecx, dword_ptr(layout.exit() as i32))?;
+    a.bt(ecx, TOGETHER)?;
+    a.jnc(single)?;
+    let writes = layout.tables[index as usize][Direction::Write as usize] as i32 - table;
+    a.rorx(r10, r11, 8)?;
+    a.and(r10d, SLOT)?;
+    a.shr(ecx, WRITE)?;
+    a.imul_3(ecx, ecx, writes)?;
+    a.add(r10, rcx)?;
+    a.mov(rax, r11)?;
+    a.and(rax, -4096)?;
+    a.cmp(rax, qword_ptr(r10 + (table + tag)))?;
+    a.jne(fail)?;
+    end(a, layout)?;
+    a.jmp(at(layout.resume()))?;
+    a.set_label(&mut single)?;
     a.shr(ecx, SITE_BITS)?;
+    a.and(ecx, (1 << SIZE_BITS) - 1)?;
     a.jz(fail)?;
     a.lea(rax, qword_ptr(r11 + rcx - 1))?;
     a.and(rax, -4096)?;

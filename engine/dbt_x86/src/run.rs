@@ -276,6 +276,7 @@ impl Dbt {
             counted: self.counted,
             smap: cpu.cr4 & cr4::SMAP != 0,
             bases: self.bases,
+            alone: false,
         }
     }
 
@@ -330,15 +331,27 @@ impl Dbt {
                     return Next::Interpret;
                 }
                 number => match self.cache.sites[number as usize] {
-                    Site::Direct { target: linear, .. } => {
+                    Site::Direct {
+                        target: linear,
+                        alone,
+                        ..
+                    } => {
                         cpu.set_rip(linear);
                         if cpu.is_requested() {
                             return Next::Attend;
                         }
+                        let mode = Mode { alone, ..mode };
                         let flushes = self.cache.counters.cache_flushes;
-                        let Some(id) = self.cache.find(cpu, &mut self.env, linear, mode) else {
+                        let Some(mut id) = self.cache.find(cpu, &mut self.env, linear, mode) else {
                             return Next::Interpret;
                         };
+                        if self.cache.is_hot_loop(&mut self.env, number, id) {
+                            let Some(unrolled) = self.cache.find(cpu, &mut self.env, linear, mode)
+                            else {
+                                return Next::Interpret;
+                            };
+                            id = unrolled;
+                        }
                         if self.cache.counters.cache_flushes == flushes {
                             self.cache.link(number, id);
                         }
@@ -384,18 +397,29 @@ impl Dbt {
                             self.cache.look_at_entries(&mut self.env, retry);
                         }
                         let ready = cpu.prepare(linear, size.into(), access);
-                        if ready && !self.find_range(cpu, start, range) {
-                            self.cache.note_vain_lookup(&mut self.env, retry);
-                        }
                         // What the block knows of pages must still be true.
-                        let unchanged = cpu.tlb.age() == self.tlb_age;
-                        if !(unchanged && ready && self.find_range(cpu, start, range)) {
-                            self.refund(rest);
-                            self.cache.counters.slow_accesses += 1;
-                            return Next::Interpret;
+                        if ready && cpu.tlb.age() == self.tlb_age {
+                            self.cache.counters.tlb_misses += 1;
+                            if self.find_range(cpu, start, range) {
+                                target = retry.into();
+                                continue;
+                            }
+                            let alone = Mode {
+                                alone: true,
+                                ..mode
+                            };
+                            let several = range.stack || range.len > size.into();
+                            let found =
+                                several.then(|| self.cache.find(cpu, &mut self.env, rip, alone));
+                            if let Some(Some(id)) = found {
+                                self.refund(rest);
+                                target = self.cache.body(id);
+                                continue;
+                            }
                         }
-                        self.cache.counters.tlb_misses += 1;
-                        target = retry.into();
+                        self.refund(rest);
+                        self.cache.counters.slow_accesses += 1;
+                        return Next::Interpret;
                     }
                     Site::Time { rip, resume, aux } => {
                         self.cache.counters.clock_reads += 1;

@@ -26,6 +26,8 @@ use crate::routines::Routines;
 
 /// Instructions of a block, at most.
 const MAX_INSNS: usize = 48;
+/// Rounds of a loop in a block, at most.
+const ROUNDS: usize = 4;
 /// Instructions that are looked at to find out which flags are needed.
 const AHEAD: usize = 10;
 
@@ -42,6 +44,8 @@ pub enum Site {
         restoring: Option<(u32, u32)>,
         /// It leaves the page.
         leaves_page: bool,
+        /// To code that looks up each access alone.
+        alone: bool,
     },
     /// Interpret the instruction at `rip`.
     Interpret {
@@ -113,6 +117,8 @@ pub struct Mode {
     pub smap: bool,
     /// There are instructions for the bases of FS and GS.
     pub bases: bool,
+    /// Each access is looked up alone: for where those that are looked up together are in different pages.
+    pub alone: bool,
 }
 
 impl Mode {
@@ -143,8 +149,8 @@ pub struct Source<'a> {
     /// The page is mapped in all address spaces.
     pub global: bool,
     pub mode: Mode,
-    /// Accesses may be looked up together.
-    pub grouping: bool,
+    /// If the block is a loop, a pass is to hold several rounds.
+    pub unroll: bool,
     /// Instructions whose accesses change pages often.
     pub wanderers: &'a HashSet<u64>,
 }
@@ -213,8 +219,6 @@ pub struct Block<'a> {
     /// What S holds.
     pub group: Option<Group>,
     pub kept: Kept,
-    /// Groups may have more than one member.
-    pub grouping: bool,
     /// Instructions of the block, and of these not yet executed before the current one; zero if ticks are not counted.
     pub total: u8,
     pub rest: u8,
@@ -251,7 +255,6 @@ impl<'a> Block<'a> {
             index: 0,
             group: None,
             kept: Kept::default(),
-            grouping: source.grouping,
             total: 0,
             rest: 0,
             seen: (source.linear & 0xfff) as usize..(source.linear & 0xfff) as usize,
@@ -329,6 +332,29 @@ impl<'a> Block<'a> {
                 break;
             }
         }
+        if self.source.unroll {
+            self.unroll(insns);
+        }
+    }
+
+    /// If the block begins with a whole loop, and groups may profit: makes it several rounds of that.
+    fn unroll(&self, insns: &mut Vec<Insn>) {
+        let loops = |insn: &Insn| insn.kind == Kind::Branch(self.source.linear);
+        let Some(last) = insns.iter().position(loops) else {
+            return;
+        };
+        let round = last + 1;
+        let rounds = (MAX_INSNS / round).min(ROUNDS);
+        let simple = insns[..round].iter().all(Insn::keeps_groups);
+        let accesses = insns[..round].iter().any(|insn| insn.member().is_some());
+        if rounds > 1 && simple && accesses {
+            insns.truncate(round);
+            insns[last].goes_on = true;
+            for _ in 1..rounds {
+                insns.extend_from_within(..round);
+            }
+            insns.last_mut().expect("not empty").goes_on = false;
+        }
     }
 
     /// The translation depends on this instruction.
@@ -395,7 +421,11 @@ impl<'a> Block<'a> {
         };
         for insn in insns.iter_mut().rev() {
             if let Kind::Branch(to) | Kind::ShortBranch(to) = insn.kind {
-                live |= self.ahead(to, 2);
+                let other = match insn.goes_on {
+                    true => insn.instruction.next_ip(),
+                    false => to,
+                };
+                live |= self.ahead(other, 2);
             }
             insn.live_after = live;
             live = if self.tools.exact_flags {
@@ -572,7 +602,11 @@ impl<'a> Block<'a> {
             }
             Kind::Branch(target) => {
                 self.before_operation(insn);
-                self.branch(i.condition_code() as u8 - 1, target, rip);
+                let condition = i.condition_code() as u8 - 1;
+                match insn.goes_on {
+                    true => self.branch(condition ^ 1, i.next_ip(), rip),
+                    false => self.branch(condition, target, rip),
+                }
             }
             Kind::ShortBranch(target) => {
                 self.before_operation(insn);
