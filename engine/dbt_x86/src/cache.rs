@@ -112,6 +112,7 @@ pub struct Cache {
     pub sites: Vec<Site>,
     blocks: Vec<Block>,
     by_address: HashMap<(u64, u8), Vec<BlockId>, Hasher>,
+    /// Blocks by guest-physical page, that are not stale.
     by_page: HashMap<u64, Vec<BlockId>, Hasher>,
     /// Blocks that are loops, worth to be unrolled.
     loops: HashSet<(u64, u8)>,
@@ -249,7 +250,7 @@ impl Cache {
 
     /// Guest-physical `page` was written.
     pub fn code_written(&mut self, env: &mut Env, page: u64) {
-        for id in self.by_page.get(&page).cloned().unwrap_or_default() {
+        for id in self.by_page.remove(&page).unwrap_or_default() {
             if !self.blocks[id as usize].stale {
                 self.counters.stale_blocks += 1;
                 self.detach(env, id);
@@ -390,6 +391,8 @@ impl Cache {
         let same = self.hasher.hash_one(now) == block.hash;
         if same {
             block.stale = false;
+            let page = block.physical & !0xfff;
+            self.by_page.entry(page).or_default().push(id);
             self.counters.revived_blocks += 1;
         }
         same

@@ -1,6 +1,6 @@
 //! The lookup of a memory operand in the TLB: from a guest effective address to the host address of the access.
 
-use iced_x86::{Instruction, Register};
+use iced_x86::{Code, Instruction, Register};
 use lodger_softmmu::{ENTRIES, MmuIndex, TlbEntry};
 
 use crate::emit::{Mem, Op, Reg, S, T, abs, at, cc};
@@ -122,7 +122,21 @@ impl Block<'_> {
             stack: place.base == Base::STACK && !self.source.mode.alone,
             copied: !keep,
         };
-        self.look_up_range(Address::Group(group), range, size, write, live);
+        let alone = !keep && group.span == i64::from(size) && !range.stack;
+        if alone && !write && self.follows_pointer() {
+            // The next such access waits for this one: the way from its base to the data must be short.
+            let range = Span {
+                copied: false,
+                ..range
+            };
+            self.look_up_range(Address::Group(group), range, size, write, live, true);
+            self.group = None;
+            return Mem {
+                index: Some(S),
+                ..place.base.at(place.disp)
+            };
+        }
+        self.look_up_range(Address::Group(group), range, size, write, live, false);
         if keep {
             self.keep(group);
         }
@@ -139,10 +153,28 @@ impl Block<'_> {
             stack: false,
             copied,
         };
-        self.look_up_range(address, range, size, write, live);
+        self.look_up_range(address, range, size, write, live, false);
     }
 
-    fn look_up_range(&mut self, address: Address, range: Span, size: u8, write: bool, live: u32) {
+    /// Whether the current instruction replaces a pointer by what it points to.
+    fn follows_pointer(&self) -> bool {
+        let insn = &self.insns[self.index];
+        let i = &insn.instruction;
+        i.code() == Code::Mov_r64_rm64
+            && i.op0_register() == i.memory_base()
+            && i.memory_index() == Register::None
+    }
+
+    /// Looks up a range. S becomes its host address or, with `distance`, what is to be added to a guest address in it.
+    fn look_up_range(
+        &mut self,
+        address: Address,
+        range: Span,
+        size: u8,
+        write: bool,
+        live: u32,
+        distance: bool,
+    ) {
         if live != 0 {
             self.save_flags();
         }
@@ -172,7 +204,13 @@ impl Block<'_> {
                 abs(table + (slot * size_of::<TlbEntry>()) as u32)
             }
             (Lookup::Tlb, None) => {
-                self.code.rorx(T, S, 8);
+                let bare = match address {
+                    Address::Group(group) if group.start == 0 && !self.source.mode.is_32() => {
+                        group.base.base.filter(|_| group.base.index.is_none())
+                    }
+                    _ => None,
+                };
+                self.code.rorx(T, bare.unwrap_or(S), 8);
                 self.code.and32(T, (ENTRIES as u32 - 1) << 4);
                 at(T, table as i32)
             }
@@ -185,7 +223,12 @@ impl Block<'_> {
         self.code.op(Op::Sub, S, tag);
         self.code.cmp_imm(S, 4096 - i32::from(range.len));
         let jump = self.code.jcc_forward(cc::A);
-        self.code.op(Op::Add, S, plus(place, PAGE));
+        if distance {
+            self.code.op(Op::Mov, S, plus(place, PAGE));
+            self.code.op(Op::Sub, S, tag);
+        } else {
+            self.code.op(Op::Add, S, plus(place, PAGE));
+        }
         if let Site::Access { resume, entry, .. } = &mut site {
             *resume = self.code.here() as u32;
             if let Lookup::Site(address) = lookup {

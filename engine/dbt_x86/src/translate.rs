@@ -829,9 +829,10 @@ impl<'a> Block<'a> {
         let i = &insn.instruction;
         let place = self.check(Address::Operand(i), size, write, insn.live);
         let mut host = *i;
-        host.set_memory_base(Register::R11);
-        host.set_memory_index(Register::None);
-        host.set_memory_index_scale(1);
+        let register = |reg: Reg| Register::RAX + u32::from(reg.0);
+        host.set_memory_base(place.base.map_or(Register::None, register));
+        host.set_memory_index(place.index.map_or(Register::None, register));
+        host.set_memory_index_scale(1 << place.scale);
         host.set_memory_displacement64(place.disp as u64);
         host.set_memory_displ_size(u32::from(place.disp != 0));
         host.set_segment_prefix(Register::None);
