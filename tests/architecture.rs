@@ -35,6 +35,8 @@ machine/board: memory/address_space backends/block backends/char backends/net ba
 vmm/lifecycle: machine/board support/clock engine/vcpu isa/x86 memory/guest_memory memory/address_space devices/device_model test:engine/interp
 control/api:
 control/store: control/api
+guest/protocol:
+guest/agent: guest/protocol
 image:
 bin/lodger: *
 tests: *
@@ -45,6 +47,7 @@ fuzz: *
 /// Rooms that may hold unsafe code.
 const UNSAFE: &[&str] = &[
     "backends/block",
+    "guest/agent",
     "support/host_sys",
     "memory/guest_memory",
     "engine/softmmu",

@@ -169,7 +169,8 @@ impl Cache {
         Ok(manifest.map(|manifest| self.image(name, &manifest)))
     }
 
-    /// The image of that name; builds it as its recipe has it if it is not there or damaged.
+    /// The image of that name; builds it as its recipe has it if it is not there or damaged, or if it is small and what Lodger puts
+    /// into it has changed since.
     pub fn get_or_build(
         &self,
         name: &str,
@@ -177,11 +178,28 @@ impl Cache {
         guest: &mut dyn Guest,
     ) -> Result<Image> {
         match self.get(name) {
-            Ok(Some(image)) => Ok(image),
+            Ok(Some(image)) if self.is_current(name) => Ok(image),
+            Ok(Some(old)) => {
+                let built = self.build(name, &BuildOptions::default(), progress, guest);
+                built.or_else(|error| {
+                    let text = format!("the image {name} of an earlier Lodger is used: {error}");
+                    progress.step(&text, None);
+                    Ok(old)
+                })
+            }
             Ok(None) | Err(Error::Damaged { .. }) => {
                 self.build(name, &BuildOptions::default(), progress, guest)
             }
             Err(error) => Err(error),
+        }
+    }
+
+    /// Whether the image is as this program would make it, where that is worth a build.
+    fn is_current(&self, name: &str) -> bool {
+        match Recipe::find(name) {
+            Ok(Recipe::Mini) => (self.manifest(name).ok().flatten())
+                .is_none_or(|manifest| manifest.recipe == mini::recipe()),
+            _ => true,
         }
     }
 
@@ -443,6 +461,7 @@ mod tests {
             append: "quiet",
             kernel_release: "6.1".into(),
             packages: [].into(),
+            recipe: String::new(),
         }
     }
 

@@ -180,6 +180,7 @@ impl<'a> Debian<'a> {
                 .into_iter()
                 .map(|deb| (deb.package, deb.version))
                 .collect(),
+            recipe: String::new(),
         })
     }
 

@@ -51,6 +51,11 @@ case $drivers in
 	;;
 esac
 
+# Serves the host's commands and copies.
+case $drivers in
+*vsock*) /usr/lib/lodger/agent </dev/null >/dev/null 2>&1 & ;;
+esac
+
 # The power button, by which the host asks for an end. Nobody waits for it.
 (modprobe -a button evdev && acpid -l /dev/null -p /run/acpid.pid) >/dev/null 2>&1 &
 

@@ -15,6 +15,7 @@
 //! | `debian.rs`    | the recipe of `debian`                                    |
 //! | `boot.sh`, `setup.sh` | PID 1 of its RAM disk, and of the machine that sets it up |
 //! | `settings.rs`  | how it is set up beyond what its packages do              |
+//! | `agent.rs`     | Lodger's agent in images                                  |
 //! | `guest.rs`     | what a build asks of a virtual machine                    |
 //! | `apt.rs`, `sources.rs` | package lists and downloads, through the host's apt |
 //! | `deb.rs`, `dpkg.rs` | packages unpacked, and dpkg's database of them       |
@@ -26,6 +27,7 @@
 //! Limits: amd64 guests on Debian and its derivatives. Images by other means
 //! (an OCI registry, a disk image) are not here yet.
 
+mod agent;
 mod apt;
 mod archive;
 mod cache;
@@ -47,6 +49,7 @@ mod sources;
 mod tool;
 mod tree;
 
+pub use agent::PROGRAM as AGENT;
 pub use apt::PackageTools;
 pub use cache::{BuildOptions, Cache, DEFAULT_IMAGE, Image, ImageInfo, ImageState};
 pub use error::{BUILD_SPACE, Error, Result};

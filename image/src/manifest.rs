@@ -37,6 +37,9 @@ pub(crate) struct Manifest {
     pub(crate) kernel_release: String,
     /// Version of each package that the image was made of.
     pub(crate) packages: BTreeMap<String, String>,
+    /// What Lodger added to the packages, if the recipe tells.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(crate) recipe: String,
 }
 
 /// One file of an image.
@@ -59,6 +62,8 @@ pub(crate) struct Contents {
     pub(crate) append: &'static str,
     pub(crate) kernel_release: String,
     pub(crate) packages: BTreeMap<String, String>,
+    /// See [`Manifest::recipe`].
+    pub(crate) recipe: String,
 }
 
 impl Manifest {
@@ -76,6 +81,7 @@ impl Manifest {
             append: contents.append.to_owned(),
             kernel_release: contents.kernel_release,
             packages: contents.packages,
+            recipe: contents.recipe,
         };
         let path = dir.join(FILE);
         let mut json = serde_json::to_vec_pretty(&manifest)
@@ -255,6 +261,7 @@ mod tests {
             append: "console=ttyS0",
             kernel_release: "6.1".into(),
             packages: [("linux".into(), "6.1-1".into())].into(),
+            recipe: "r".into(),
         };
         let manifest = Manifest::create(dir.path(), contents).unwrap();
         (dir, manifest)

@@ -10,6 +10,9 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
+use sha2::{Digest, Sha256};
+
+use crate::agent;
 use crate::apt::{self, Apt, Archive};
 use crate::cache::Workshop;
 use crate::cpio;
@@ -30,7 +33,7 @@ const MODULES: &[&str] = &[
     "virtio_console",
     "virtio_net",
     "virtio_rng",
-    "vmw_vsock_virtio_transport",
+    agent::MODULE,
     "virtiofs",
     "ext4",
     "button",
@@ -87,6 +90,7 @@ pub(crate) fn build(
             .into_iter()
             .map(|deb| (deb.package, deb.version))
             .collect(),
+        recipe: recipe(),
     })
 }
 
@@ -95,6 +99,18 @@ fn choose_packages(apt: &Apt) -> Result<Vec<String>> {
     let mut packages = kernel::packages(apt)?;
     packages.push(BUSYBOX_PACKAGE.to_owned());
     Ok(packages)
+}
+
+/// Changes with whatever this program puts into the image.
+pub(crate) fn recipe() -> String {
+    let mut hash = Sha256::new();
+    for part in [INIT, UDHCPC, POWER, PROFILE, APPEND] {
+        hash.update(part);
+    }
+    MODULES.iter().for_each(|module| hash.update(module));
+    hash.update(agent::PROGRAM);
+    let digest = hash.finalize();
+    digest.iter().take(8).map(|b| format!("{b:02x}")).collect()
 }
 
 fn initrd(kernel: &Kernel, busybox: Vec<u8>) -> Result<Tree> {
@@ -112,6 +128,7 @@ fn initrd(kernel: &Kernel, busybox: Vec<u8>) -> Result<Tree> {
     tree.symlink("usr/bin", "../bin");
     tree.symlink("usr/sbin", "../bin");
 
+    agent::add(&mut tree);
     tree.file("init", 0o755, INIT.into());
     tree.file("etc/udhcpc/default.script", 0o755, UDHCPC.into());
     // Named by the event and its value.

@@ -1,6 +1,7 @@
 //! How a Debian image is set up, beyond what its packages do: names, network,
 //! console, and what does not run.
 
+use crate::agent;
 use crate::cache::BuildOptions;
 use crate::tree::{Kind, Node, Tree};
 
@@ -153,6 +154,8 @@ pub(crate) fn apply(tree: &mut Tree, options: &BuildOptions, sources_list: &str)
         LOGIND,
     );
 
+    agent::add(tree);
+    agent::add_unit(tree);
     tree.symlink("etc/resolv.conf", "../run/systemd/resolve/stub-resolv.conf");
     if tree.get("var/lib/dbus").is_some() {
         tree.symlink("var/lib/dbus/machine-id", "/etc/machine-id");

@@ -1,5 +1,6 @@
 //! The arguments and their help.
 
+mod guest;
 mod share;
 mod vms;
 
@@ -13,6 +14,7 @@ use lodger_x86::CpuModel;
 use serde::{Deserialize, Serialize};
 
 use crate::spec::Restart;
+pub use guest::{CopyArgs, ExecArgs, SshArgs};
 pub use share::Share;
 pub use vms::{
     ConsoleArgs, DownArgs, FileArgs, Keeping, Label, LogsArgs, ManArgs, PsArgs, RmArgs, SetArgs,
@@ -119,6 +121,23 @@ pub enum Command {
     /// Connect this terminal to the console of a running virtual machine
     #[command(alias = "attach")]
     Console(ConsoleArgs),
+    /// Run a command in a running virtual machine's guest
+    Exec(ExecArgs),
+    /// Copy files into a running virtual machine's guest, or out of it
+    Cp(CopyArgs),
+    /// Log in to a running virtual machine's guest by SSH
+    Ssh(SshArgs),
+    /// Standard input and output as a connection to a guest's SSH server; `lodger ssh` uses it
+    #[command(hide = true)]
+    SshProxy {
+        /// Name, or beginning of an id
+        vm: String,
+    },
+    /// Write the agent that serves `lodger exec`, `cp` and `ssh`: a static program for guests that have none
+    Agent {
+        /// The file; otherwise it is written to standard output
+        file: Option<PathBuf>,
+    },
     /// Tell everything about virtual machines, as JSON
     Inspect(Vms),
     /// Start the virtual machines that a file describes
@@ -509,6 +528,15 @@ mod tests {
             "image build",
             "image build debian:trixie --size 4G --package git --package gcc --user me --ssh-key k",
             "image remove mini",
+            "exec web sh",
+            "exec -it web sh -c -x --help -v",
+            "exec -i -t -e A=1 -e B -w / -u me:us web -- ls -l",
+            "cp a web:/b",
+            "cp -L web:/a -",
+            "ssh web",
+            "ssh me@web -L 1:a:2 -v uptime -p",
+            "agent",
+            "agent file",
             "disk create a 10G",
             "disk create a --backing b --backing-format raw",
             "disk info a --json",
@@ -535,6 +563,11 @@ mod tests {
             "run -p 80",
             "run --share .",
             "image remove",
+            "exec",
+            "exec web",
+            "exec --fly web sh",
+            "cp a",
+            "ssh",
             "disk create a",
             "disk create a 10X",
             "disk convert a",

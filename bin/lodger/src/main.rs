@@ -7,6 +7,7 @@
 //! | `run.rs`, `spec.rs` | `lodger run`; what a VM is started from |
 //! | `monitor/` | the process that runs a VM |
 //! | `vms/` | the commands about VMs that have a name |
+//! | `guest/` | the commands that do something inside of a guest |
 //! | `images.rs` | `lodger image` |
 //! | `disk.rs` | `lodger disk` |
 //! | `doctor.rs` | `lodger doctor` |
@@ -18,6 +19,7 @@
 mod cli;
 mod disk;
 mod doctor;
+mod guest;
 mod help;
 mod host;
 mod images;
@@ -53,6 +55,11 @@ fn main() -> ExitCode {
         Command::Wait(vms) => vms::wait(&vms),
         Command::Logs(args) => vms::logs(&args),
         Command::Console(args) => vms::console(&args, cli.quiet),
+        Command::Exec(args) => guest::exec(&args, cli.quiet),
+        Command::Cp(args) => guest::copy(&args, cli.quiet),
+        Command::Ssh(args) => guest::ssh(&args, cli.quiet),
+        Command::SshProxy { vm } => guest::proxy(&vm),
+        Command::Agent { file } => guest::write_agent(file.as_deref()),
         Command::Inspect(vms) => vms::inspect(&vms),
         Command::Up(args) => vms::up(&args, cli.verbose, cli.quiet),
         Command::Down(args) => vms::down(&args, cli.quiet),

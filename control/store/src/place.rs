@@ -10,6 +10,18 @@ use crate::claim::{Claim, REMOVED};
 use crate::record::{State, Vm};
 use crate::{Name, SOCKET, StoreError, at};
 
+/// Where the user's data is that belongs to Lodger, as the environment says (XDG Base Directory Specification 0.8).
+pub fn data_dir() -> Result<PathBuf, StoreError> {
+    let absolute = |name| {
+        let path = env::var_os(name).map(PathBuf::from);
+        path.filter(|path| path.is_absolute())
+    };
+    let data = absolute("XDG_DATA_HOME")
+        .or_else(|| Some(absolute("HOME")?.join(".local/share")))
+        .ok_or(StoreError::NoHome)?;
+    Ok(data.join("lodger"))
+}
+
 /// A user's VMs.
 #[derive(Debug, Clone)]
 pub struct Store {
@@ -19,14 +31,7 @@ pub struct Store {
 impl Store {
     /// Where the environment says (XDG Base Directory Specification 0.8).
     pub fn open() -> Result<Store, StoreError> {
-        let absolute = |name| {
-            let path = env::var_os(name).map(PathBuf::from);
-            path.filter(|path| path.is_absolute())
-        };
-        let data = absolute("XDG_DATA_HOME")
-            .or_else(|| Some(absolute("HOME")?.join(".local/share")))
-            .ok_or(StoreError::NoHome)?;
-        Ok(Store::at(&data.join("lodger")))
+        Ok(Store::at(&data_dir()?))
     }
 
     /// In this directory, which is made when it is needed.

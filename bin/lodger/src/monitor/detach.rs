@@ -90,7 +90,7 @@ fn monitor_log(claim: &Claim) -> Result<File, Error> {
 }
 
 /// This program, also when its file has been replaced since.
-fn executable() -> PathBuf {
+pub fn executable() -> PathBuf {
     let path = std::env::current_exe().ok().filter(|path| path.exists());
     path.unwrap_or_else(|| Path::new("/proc/self/exe").into())
 }

@@ -28,7 +28,7 @@ use lodger_control::Ending;
 use lodger_lifecycle::{Outcome, Policy, VmController, VmHandle};
 use lodger_store::{CONSOLE_LOG, Claim, Life};
 
-pub use detach::start as start_detached;
+pub use detach::{executable, start as start_detached};
 
 use crate::registry::{self, Chosen};
 use crate::spec::VmSpec;

@@ -178,7 +178,7 @@ fn dial(vm: &Vm) -> Result<Client, ClientError> {
 }
 
 /// Asks the VM's monitor.
-fn ask(store: &Store, text: &str, request: &Request) -> Result<(Name, Answer), Error> {
+pub fn ask(store: &Store, text: &str, request: &Request) -> Result<(Name, Answer), Error> {
     let (vm, mut client) = connect(store, text)?;
     match client.ask(request) {
         Ok(answer) => Ok((vm.name, answer)),

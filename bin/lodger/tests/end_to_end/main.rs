@@ -1,5 +1,6 @@
 //! The `lodger` executable from end to end, as users and scripts see it.
 
+mod agent;
 mod boot;
 mod cli;
 mod disk;
