@@ -10,6 +10,7 @@
 //!
 //! Limits: inputs are not guided by coverage. A target can be handed to such a fuzzer as it is.
 
+mod agent;
 mod disk;
 mod loader;
 pub mod lockstep;
@@ -18,6 +19,7 @@ pub mod runner;
 mod virtio;
 mod vsock;
 
+pub use agent::{agent_files, agent_messages};
 pub use disk::disk_image;
 pub use loader::loader;
 pub use net::user_net;
@@ -55,6 +57,16 @@ pub const TARGETS: &[Target] = &[
         name: "virtio_vsock",
         run: virtio_vsock,
         samples: Vec::new,
+    },
+    Target {
+        name: "agent_messages",
+        run: agent_messages,
+        samples: agent::message_samples,
+    },
+    Target {
+        name: "agent_files",
+        run: agent_files,
+        samples: agent::file_samples,
     },
     Target {
         name: "user_net",

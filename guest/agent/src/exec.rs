@@ -209,13 +209,15 @@ struct Session<'a> {
     /// Readable when the command has ended.
     ended: OwnedFd,
     /// Of the host, not a whole message yet.
-    inbox: VecDeque<u8>,
+    inbox: Vec<u8>,
     /// For the host.
     outbox: VecDeque<u8>,
     /// For the command.
     input: VecDeque<u8>,
     /// No more is to come after that.
     input_ends: bool,
+    /// Taken by the command, and not told yet.
+    taken: usize,
 }
 
 /// What is to be done after a look at the connection.
@@ -250,10 +252,11 @@ impl Session<'_> {
             child,
             ends,
             ended,
-            inbox: VecDeque::new(),
+            inbox: Vec::new(),
             outbox: VecDeque::new(),
             input: VecDeque::new(),
             input_ends: false,
+            taken: 0,
         })
     }
 
@@ -379,9 +382,10 @@ impl Session<'_> {
             Err(error) if is_later(&error) => return Ok(Host::There),
             Err(error) => return Err(error),
         }
-        while let Some(len) = whole_message(&mut self.inbox)? {
-            let bytes: Vec<u8> = self.inbox.drain(..len).collect();
-            match read(&mut &bytes[..]).map_err(io::Error::other)? {
+        let inbox = std::mem::take(&mut self.inbox);
+        let mut rest = &inbox[..];
+        while whole_message(rest)? {
+            match read(&mut rest).map_err(io::Error::other)? {
                 Some(ToGuest::Data(data)) => self.take_input(&data)?,
                 Some(ToGuest::End) => self.input_ends = true,
                 Some(ToGuest::Resize(size)) => {
@@ -394,6 +398,7 @@ impl Session<'_> {
                 Some(ToGuest::Request(..)) | None => return Err(io::ErrorKind::InvalidData.into()),
             }
         }
+        self.inbox = rest.into();
         self.feed();
         Ok(Host::There)
     }
@@ -405,7 +410,7 @@ impl Session<'_> {
         match self.ends.input {
             Some(_) => self.input.extend(data),
             // Nobody reads it any more.
-            None => self.say(&FromGuest::Taken(data.len() as u32)),
+            None => self.taken += data.len(),
         }
         Ok(())
     }
@@ -420,19 +425,18 @@ impl Session<'_> {
 
     /// Gives the command what it takes of its input.
     fn feed(&mut self) {
-        let mut taken = 0;
         if let Some(end) = &self.ends.input {
             while !self.input.is_empty() {
                 let (first, _) = self.input.as_slices();
                 match rustix::io::write(end, first) {
                     Ok(n) => {
                         self.input.drain(..n);
-                        taken += n;
+                        self.taken += n;
                     }
                     Err(Errno::INTR) => {}
                     Err(Errno::AGAIN) => break,
                     Err(_) => {
-                        taken += self.input.len();
+                        self.taken += self.input.len();
                         self.input.clear();
                         self.ends.input = None;
                         break;
@@ -440,7 +444,9 @@ impl Session<'_> {
                 }
             }
         }
-        if taken > 0 {
+        let worth_telling = self.input.is_empty() || self.taken >= INPUT_WINDOW as usize / 4;
+        if self.taken > 0 && worth_telling {
+            let taken = std::mem::take(&mut self.taken);
             self.say(&FromGuest::Taken(taken as u32));
         }
         if self.input_ends
@@ -522,15 +528,14 @@ fn is_later(error: &io::Error) -> bool {
     )
 }
 
-/// The length of the first message, if all of it is there.
-fn whole_message(inbox: &mut VecDeque<u8>) -> io::Result<Option<usize>> {
-    if inbox.len() < 5 {
-        return Ok(None);
-    }
-    let len: Vec<u8> = inbox.range(1..5).copied().collect();
-    let len = u32::from_le_bytes([len[0], len[1], len[2], len[3]]) as usize;
+/// Whether all of the first message is there.
+fn whole_message(inbox: &[u8]) -> io::Result<bool> {
+    let [_, a, b, c, d, rest @ ..] = inbox else {
+        return Ok(false);
+    };
+    let len = u32::from_le_bytes([*a, *b, *c, *d]) as usize;
     if len > MAX_PAYLOAD {
         return Err(io::ErrorKind::InvalidData.into());
     }
-    Ok((inbox.len() >= 5 + len).then_some(5 + len))
+    Ok(rest.len() >= len)
 }
