@@ -31,6 +31,7 @@ mount -t devtmpfs dev /dev
 
 # Drivers for the virtio devices that are there, by PCI ID (virtio 1.2, 4.1.2).
 drivers=
+later=
 for device in /sys/bus/pci/devices/*; do
 	read -r vendor <"$device/vendor" && [ "$vendor" = 0x1af4 ] || continue
 	read -r id <"$device/device"
@@ -40,6 +41,7 @@ for device in /sys/bus/pci/devices/*; do
 	0x1003 | 0x1043) drivers="$drivers virtio_console" ;;
 	0x1005 | 0x1044) drivers="$drivers virtio_rng" ;;
 	0x1053) drivers="$drivers vmw_vsock_virtio_transport" ;;
+	0x1002 | 0x1045) later=virtio_balloon ;;
 	0x105a) drivers="$drivers virtiofs" ;;
 	esac
 done
@@ -56,8 +58,9 @@ case $drivers in
 *vsock*) /usr/lib/lodger/agent </dev/null >/dev/null 2>&1 & ;;
 esac
 
-# The power button, by which the host asks for an end. Nobody waits for it.
-(modprobe -a button evdev && acpid -l /dev/null -p /run/acpid.pid) >/dev/null 2>&1 &
+# The power button, by which the host asks for an end, and the balloon, by which it
+# asks for memory. Nobody waits for them.
+(modprobe -a button evdev $later && acpid -l /dev/null -p /run/acpid.pid) >/dev/null 2>&1 &
 
 read -r cmdline </proc/cmdline
 case $drivers in

@@ -35,6 +35,7 @@ const MODULES: &[&str] = &[
     "virtio_rng",
     agent::MODULE,
     "virtiofs",
+    "virtio_balloon",
     "ext4",
     "button",
     "evdev",

@@ -1,6 +1,7 @@
 //! The arguments and their help.
 
 mod guest;
+mod memory;
 mod share;
 mod vms;
 
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::spec::Restart;
 pub use guest::{CopyArgs, ExecArgs, SshArgs};
+pub use memory::Memory;
 pub use share::Share;
 pub use vms::{
     ConsoleArgs, DownArgs, FileArgs, Keeping, Label, LogsArgs, ManArgs, PsArgs, RmArgs, SetArgs,
@@ -216,9 +218,16 @@ pub struct RunArgs {
     /// The kernel command line; with an image it is added to the image's own
     #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
     pub append: Option<String>,
-    /// RAM: 512M, 1.5G, 2048K ...; a plain number is in MiB
-    #[arg(short, long, value_name = "SIZE", default_value = "512M", value_parser = parse_size, allow_negative_numbers = true)]
-    pub memory: u64,
+    /// RAM: 512M, 1.5G, 2048K ...; a plain number is in MiB. `1G,max=4G`: 1G at the start, and up to 4G by `lodger set`
+    /// while it runs
+    #[arg(
+        short,
+        long,
+        value_name = "SIZE",
+        default_value = "512M",
+        allow_negative_numbers = true
+    )]
+    pub memory: Memory,
     /// Number of virtual CPUs
     #[arg(short, long, value_name = "N", default_value_t = 1, allow_negative_numbers = true,
         value_parser = clap::value_parser!(u32).range(1..))]
@@ -515,6 +524,8 @@ mod tests {
         for good in [
             "run",
             "run mini -m 1G -c 4",
+            "run -m 1G,max=4G",
+            "set web --memory 1G,max=2G",
             "run --kernel k --initrd i --append -x --disk a --disk b,ro --device debug-exit",
             "run --append quiet -v -q --no-reboot --engine interp --cpu v3",
             "run --net none",

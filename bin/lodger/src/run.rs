@@ -60,11 +60,11 @@ pub fn vm_spec(args: &RunArgs) -> Result<VmSpec, Error> {
     let chosen = registry::choose(args.engine)?;
     let machine = machine_spec(args, &*chosen.engine)?;
     if let Some(available) = host::memory_available()
-        && available < args.memory
+        && available < args.memory.size
     {
         tracing::warn!(
             "the machine has {} MiB of memory, the host {} MiB to give; it may end the machine when that is used up",
-            args.memory >> 20,
+            args.memory.size >> 20,
             available >> 20
         );
     }
@@ -91,7 +91,7 @@ pub fn boots(args: &RunArgs) -> String {
 fn machine_spec(args: &RunArgs, engine: &dyn Engine) -> Result<MachineSpec, Error> {
     let has = |device| args.devices.contains(&device);
     let spec = MachineSpec {
-        memory: args.memory,
+        memory: args.memory.ram(),
         vcpus: args.cpus,
         cpu: args.cpu.clone(),
         boot: BootSpec {
@@ -110,6 +110,7 @@ fn machine_spec(args: &RunArgs, engine: &dyn Engine) -> Result<MachineSpec, Erro
                 Some(VsockChoice::At(path)) => Some(VsockSpec::new(path)),
                 Some(VsockChoice::None) | None => None,
             },
+            balloon: Some(args.memory.balloon()),
             shares: (args.shares.iter().enumerate())
                 .map(|(index, share)| share.spec(index))
                 .collect(),

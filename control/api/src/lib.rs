@@ -19,6 +19,8 @@ mod socket;
 mod wire;
 
 pub use client::{Client, ClientError, Console};
-pub use message::{Answer, Ending, ErrorKind, Phase, Request, Status, Stopped, VERSION};
+pub use message::{
+    Answer, Ending, ErrorKind, GuestFigures, Memory, Phase, Request, Status, Stopped, VERSION,
+};
 pub use socket::{connect, listen};
 pub use wire::{MAX_LINE, WireError, read_request, write_answer};

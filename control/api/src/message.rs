@@ -32,6 +32,13 @@ pub enum Request {
     Pause,
     /// Let them go on. Answer: [`Answer::Done`].
     Resume,
+    /// How much memory it has and takes. Answer: [`Answer::Memory`].
+    Memory,
+    /// Let the guest do with so much RAM, which it gives or takes in its own time. Answer: [`Answer::Done`].
+    SetMemory {
+        /// Bytes, at most what the machine was built with.
+        bytes: u64,
+    },
     /// Answer, when the VM has ended for good: [`Answer::Ended`].
     Wait,
     /// After [`Answer::Done`] the connection carries what the guest's console prints, and to the guest what is written to
@@ -57,6 +64,8 @@ pub enum Answer {
     },
     /// See [`Request::Wait`].
     Ended(Ending),
+    /// See [`Request::Memory`].
+    Memory(Memory),
     /// It has not been done.
     Error {
         /// For programs.
@@ -100,6 +109,37 @@ pub struct Status {
     pub restarts: u32,
     /// The engine that runs it.
     pub engine: String,
+}
+
+/// The memory of a VM, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// RAM that the machine was built with.
+    pub max: u64,
+    /// RAM that the guest was asked to do with.
+    pub asked: u64,
+    /// RAM that it does with; what is missing is in its balloon.
+    pub actual: u64,
+    /// What the host has given for RAM so far, less what was given back.
+    pub host: u64,
+    /// What the guest has reported as free in all, so that the host could take it back.
+    pub reported: u64,
+    /// Its own figures, if it has a driver that tells them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<GuestFigures>,
+}
+
+/// What a guest tells of its memory, in bytes, as far as it does.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestFigures {
+    /// All that it has.
+    pub total: Option<u64>,
+    /// What is not used.
+    pub free: Option<u64>,
+    /// What programs can have without swapping.
+    pub available: Option<u64>,
+    /// What is in its caches of files.
+    pub caches: Option<u64>,
 }
 
 /// What a VM is doing.
@@ -159,6 +199,10 @@ mod tests {
                 r#"{"request":"stop","seconds":10}"#,
             ),
             (Request::PowerButton, r#"{"request":"power-button"}"#),
+            (
+                Request::SetMemory { bytes: 7 },
+                r#"{"request":"set-memory","bytes":7}"#,
+            ),
         ];
         for (request, text) in requests {
             assert_eq!(serde_json::to_string(&request).unwrap(), text);
@@ -181,6 +225,17 @@ mod tests {
                     ending,
                 },
                 r#"{"answer":"stopped","how":"by-guest","ending":{"status":0,"reason":"the guest powered off","time":7}}"#,
+            ),
+            (
+                Answer::Memory(Memory {
+                    max: 5,
+                    asked: 4,
+                    actual: 3,
+                    host: 2,
+                    reported: 1,
+                    guest: None,
+                }),
+                r#"{"answer":"memory","max":5,"asked":4,"actual":3,"host":2,"reported":1}"#,
             ),
             (
                 Answer::Error {

@@ -410,6 +410,11 @@ impl Chain {
         self.writable.len
     }
 
+    /// The writable buffers: guest-physical address and length of each, all of them RAM.
+    pub fn writable_ranges(&self) -> &[(u64, u32)] {
+        &self.writable.parts
+    }
+
     /// Copies from the readable bytes at `offset`; returns how many there were.
     pub fn read_at(&self, offset: u64, data: &mut [u8]) -> usize {
         let memory = &self.queue.memory;

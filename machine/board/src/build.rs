@@ -140,6 +140,13 @@ impl Machine {
         if let Some(vsock) = &spec.virtio.vsock {
             board.add_virtio(&pci, vsock.build("virtio-vsock0", &wiring)?)?;
         }
+        let mut balloon = None;
+        if let Some(spec) = &spec.virtio.balloon {
+            let name = "virtio-balloon0";
+            let built = spec.build(name, &wiring).map_err(no_thread(name))?;
+            board.add_virtio(&pci, built.0)?;
+            balloon = Some(built.1);
+        }
         let shares = &spec.virtio.shares;
         // Half of what there may be in all.
         let files = match shares.len() {
@@ -168,6 +175,7 @@ impl Machine {
             pm,
             serial,
             console,
+            balloon,
             spec: spec.clone(),
         }))
     }

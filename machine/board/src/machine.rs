@@ -11,7 +11,7 @@ use lodger_loader::{Boot, BootSource, LoadError};
 use lodger_pci::{NoRoom, PciBus, Resources};
 use lodger_tables::AcpiConfig;
 use lodger_vcpu::{EngineVm, Entry, Exit};
-use lodger_virtio_devices::Console;
+use lodger_virtio_devices::{Balloon, Console};
 use lodger_x86::{CpuModel, CpuState};
 
 use crate::map;
@@ -35,6 +35,7 @@ pub(crate) struct Parts {
     pub(crate) pm: Arc<AcpiPm>,
     pub(crate) serial: Arc<Uart>,
     pub(crate) console: Option<Arc<Console>>,
+    pub(crate) balloon: Option<Arc<Balloon>>,
 }
 
 /// A wired machine. Its vCPUs are run by others: they ask [`Machine::answer`] what to do at each exit.
@@ -129,6 +130,11 @@ impl Machine {
     /// The virtio console, if it has one.
     pub fn console(&self) -> Option<&Arc<Console>> {
         self.parts.console.as_ref()
+    }
+
+    /// The memory balloon, if it has one.
+    pub fn balloon(&self) -> Option<&Arc<Balloon>> {
+        self.parts.balloon.as_ref()
     }
 
     /// Presses the power button, upon which most guests shut down. False: the guest does not listen to it (yet).

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use lodger_pci::SLOTS;
 use lodger_vcpu::Engine;
-use lodger_virtio_devices::{BlkSpec, ConsoleSpec, FsSpec, NetSpec, VsockSpec};
+use lodger_virtio_devices::{BalloonSpec, BlkSpec, ConsoleSpec, FsSpec, NetSpec, VsockSpec};
 use lodger_x86::CpuModel;
 use lodger_x86::cpu_model::UnknownModel;
 use serde::{Deserialize, Serialize};
@@ -62,6 +62,9 @@ pub struct VirtioSpec {
     /// Sockets between guest and host.
     #[serde(default)]
     pub vsock: Option<VsockSpec>,
+    /// The memory balloon.
+    #[serde(default)]
+    pub balloon: Option<BalloonSpec>,
     /// Shared folders.
     #[serde(default)]
     pub shares: Vec<FsSpec>,
@@ -77,6 +80,14 @@ pub enum SpecError {
         max = map::RAM_MAX >> 30
     )]
     Memory(u64),
+    /// More memory at the start than in all, or none.
+    #[error("a machine with at most {max} MiB of memory cannot start with {start} MiB", max = max >> 20, start = start >> 20)]
+    Balloon {
+        /// At the start, in bytes.
+        start: u64,
+        /// In all, in bytes.
+        max: u64,
+    },
     /// No vCPU, or more than the engine runs.
     #[error("a machine cannot have {vcpus} vCPUs: the {engine} engine runs 1 to {max}")]
     Vcpus {
@@ -119,6 +130,12 @@ impl MachineSpec {
         if !legal || !self.memory.is_multiple_of(4096) {
             return Err(SpecError::Memory(self.memory).into());
         }
+        if let Some(start) = self.virtio.balloon.as_ref().and_then(|b| b.start)
+            && !(map::RAM_MIN..=self.memory).contains(&start)
+        {
+            let max = self.memory;
+            return Err(SpecError::Balloon { start, max }.into());
+        }
         let max = engine.probe()?.max_vcpus;
         if !(1..=max).contains(&self.vcpus) {
             return Err(BuildError::Spec(SpecError::Vcpus {
@@ -135,10 +152,11 @@ impl MachineSpec {
             console,
             nets,
             vsock,
+            balloon,
             shares,
         } = &self.virtio;
         // One is the source of entropy.
-        let others = console.iter().len() + vsock.iter().len();
+        let others = console.iter().len() + vsock.iter().len() + balloon.iter().len();
         let devices = disks.len() + nets.len() + shares.len() + others + 1;
         let max = usize::from(SLOTS) - 1;
         match devices > max {

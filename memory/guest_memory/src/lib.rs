@@ -11,6 +11,7 @@
 // the one pointer computation and these calls.
 #![allow(unsafe_code)]
 
+mod discard;
 mod file_io;
 mod tracker;
 

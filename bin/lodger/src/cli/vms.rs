@@ -6,7 +6,7 @@ use std::str::FromStr;
 use clap::Args;
 use lodger_store::Name;
 
-use super::{EngineChoice, parse_size};
+use super::{EngineChoice, Memory};
 use crate::spec::Restart;
 
 /// Whether and how a VM is kept; of `lodger run`.
@@ -116,14 +116,15 @@ pub struct StopArgs {
 #[command(after_help = "\
 Examples:
   lodger stop web && lodger set web --memory 2G --cpus 4 && lodger start web
+  lodger set web --memory 512M                 while it runs
   lodger set web --restart always --label role=front")]
 pub struct SetArgs {
     /// Name, or beginning of an id
     #[arg(value_name = "VM")]
     pub vm: String,
-    /// RAM, as of `lodger run`
-    #[arg(short, long, value_name = "SIZE", value_parser = parse_size)]
-    pub memory: Option<u64>,
+    /// RAM, as of `lodger run`. Of a machine that runs: how much of it the guest is to do with until the machine ends
+    #[arg(short, long, value_name = "SIZE")]
+    pub memory: Option<Memory>,
     /// Number of virtual CPUs
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub cpus: Option<u32>,

@@ -12,6 +12,7 @@
 //! keeps the console's log and writes down how it ends. A VM without a name has neither directory nor socket.
 
 mod detach;
+mod memory;
 mod server;
 mod state;
 pub mod terminal;

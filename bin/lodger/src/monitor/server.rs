@@ -10,11 +10,14 @@ use std::time::Duration;
 use lodger_char::SharedConsole;
 use lodger_control::{Answer, ErrorKind, Request, Stopped, WireError, read_request, write_answer};
 
+use super::memory::{memory, set_memory};
 use super::state::Shared;
 use crate::status::{self, Error};
 
 /// Connections at once.
 const CONNECTIONS: usize = 64;
+/// There is no machine.
+const NOT_NOW: &str = "it does not run";
 /// How long the last answers and the end of the console may take on their way.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -227,8 +230,19 @@ fn answer(request: &Request, shared: &Arc<Shared>) -> Answer {
                 "its console is a serial line, which does not carry a size",
             )
         }
-        Request::Pause => done(shared.pause(true), "it does not run"),
+        Request::Pause => done(shared.pause(true), NOT_NOW),
         Request::Resume => done(shared.pause(false), "it is not paused"),
+        Request::Memory => match shared.vm() {
+            Some(vm) => Answer::Memory(memory(&vm.machine)),
+            None => error(ErrorKind::State, NOT_NOW),
+        },
+        Request::SetMemory { bytes } => match shared.vm() {
+            Some(vm) => match set_memory(&vm.machine, *bytes) {
+                Ok(()) => Answer::Done,
+                Err(why) => error(ErrorKind::State, why),
+            },
+            None => error(ErrorKind::State, NOT_NOW),
+        },
         Request::Wait => Answer::Ended(shared.wait_for_end()),
         Request::Console => unreachable!("the connection becomes a console"),
     }

@@ -8,7 +8,7 @@ use lodger_store::{State, Store, Vm};
 use lodger_virtio_devices::NetworkSpec;
 use serde_json::{Value, json};
 
-use super::{dial, ended};
+use super::{ask, dial, ended};
 use crate::cli::{Label, PsArgs, Vms};
 use crate::messages;
 use crate::spec::VmSpec;
@@ -96,12 +96,20 @@ impl Seen {
             "engine": life.as_ref().map(|life| &life.engine),
             "pid": alive.map(|life| life.pid),
             "socket": alive.map(|life| &life.socket),
-            "memory": self.machine().map(|machine| machine.memory),
+            "memory": self.machine().map(start_memory),
+            "max_memory": self.machine().map(|machine| machine.memory),
             "cpus": self.machine().map(|machine| machine.vcpus),
             "ports": self.ports(),
             "directory": dir,
         })
     }
+}
+
+/// The RAM that a guest has at its start, in bytes.
+fn start_memory(machine: &MachineSpec) -> u64 {
+    let balloon = machine.virtio.balloon.as_ref();
+    let start = balloon.and_then(|balloon| balloon.start);
+    start.unwrap_or(machine.memory)
 }
 
 /// `lodger ps`.
@@ -129,6 +137,12 @@ pub fn inspect(vms: &Vms) -> Result<ExitCode, Error> {
         let seen = Seen::look(store.find(text)?);
         let mut json = seen.json();
         json["spec"] = seen.vm.record.spec.clone();
+        // Of one that runs: what it has now.
+        if seen.status.is_some()
+            && let Ok((_, Answer::Memory(memory))) = ask(&store, text, &Request::Memory)
+        {
+            json["memory_now"] = json!(memory);
+        }
         Ok(json)
     };
     let found: Result<Vec<_>, _> = vms.vms.iter().map(look).collect();
@@ -172,7 +186,9 @@ fn table(seen: &[Seen]) -> String {
             one.vm.record.image.clone(),
             status,
             machine.map_or_else(String::new, |machine| machine.vcpus.to_string()),
-            machine.map_or_else(String::new, |machine| format!("{}M", machine.memory >> 20)),
+            machine.map_or_else(String::new, |machine| {
+                format!("{}M", start_memory(machine) >> 20)
+            }),
             one.ports().join(", "),
         ]);
     }

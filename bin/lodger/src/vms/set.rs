@@ -1,15 +1,20 @@
-//! `lodger set` and `lodger rename`: changes of a VM that does not run.
+//! `lodger set` and `lodger rename`: changes of a VM that does not run; and of the memory of one that does.
 
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
+use lodger_control::{Answer, Request};
 use lodger_store::{Claim, Name, Store, StoreError};
 
-use super::named;
-use crate::cli::SetArgs;
+use super::{ask, named};
+use crate::cli::{Memory, SetArgs};
 use crate::status::Error;
 use crate::{messages, monitor, registry};
 
-/// Changes what the VM is started from.
+/// A guest that has moved no page for so long does not any more.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Changes what the VM is started from, or its memory.
 pub fn set(args: &SetArgs) -> Result<ExitCode, Error> {
     let SetArgs {
         vm: _,
@@ -29,11 +34,28 @@ pub fn set(args: &SetArgs) -> Result<ExitCode, Error> {
         let text = "nothing is to be set; `lodger set --help` tells what can be";
         return Err(Error::Usage(text.into()));
     }
+    let others = labels.is_empty() && some.iter().filter(|some| **some).count() == 1;
+    let store = Store::open()?;
+    if let (Some(memory), true, true) = (memory, others, store.find(&args.vm)?.is_alive()) {
+        return set_memory(&store, &args.vm, memory);
+    }
     let mut claim = claim(&args.vm)?;
     let mut spec = monitor::spec_of(&claim)?;
     spec.engine = engine.unwrap_or(spec.engine);
     spec.restart = restart.unwrap_or(spec.restart);
-    spec.machine.memory = memory.unwrap_or(spec.machine.memory);
+    if let Some(memory) = memory {
+        // Within what it may have it stays able to have that.
+        let max = Some(spec.machine.memory).filter(|max| {
+            let had = spec.machine.virtio.balloon.as_ref();
+            had.is_some_and(|balloon| balloon.start.is_some()) && memory.size <= *max
+        });
+        let memory = Memory {
+            max: memory.max.or(max),
+            ..*memory
+        };
+        spec.machine.memory = memory.ram();
+        spec.machine.virtio.balloon = Some(memory.balloon());
+    }
     spec.machine.vcpus = cpus.unwrap_or(spec.machine.vcpus);
     // What it has of files is what it had.
     let mut hardware = spec.machine.clone();
@@ -52,6 +74,38 @@ pub fn set(args: &SetArgs) -> Result<ExitCode, Error> {
     claim.set_record(record)?;
     messages::answer(format_args!("{}\n", claim.name()))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Lets the guest of a VM that runs do with more or less memory; returns when it does.
+fn set_memory(store: &Store, text: &str, memory: &Memory) -> Result<ExitCode, Error> {
+    if memory.max.is_some() {
+        let what = "`max=` is for the next start: stop the machine first";
+        return Err(Error::Usage(what.into()));
+    }
+    let bytes = memory.size;
+    let (name, _) = ask(store, text, &Request::SetMemory { bytes })?;
+    let (mut last, mut since) = (None, Instant::now());
+    loop {
+        let Answer::Memory(now) = ask(store, text, &Request::Memory)?.1 else {
+            return Err(named(&name, "it does not tell how much memory it has"));
+        };
+        if now.actual == now.asked {
+            messages::answer(format_args!("{name}\n"))?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        if last != Some(now.actual) {
+            (last, since) = (Some(now.actual), Instant::now());
+        }
+        if since.elapsed() > PATIENCE {
+            let what = format!(
+                "the guest does with {} MiB now, and not with {} MiB: it needs what it has",
+                now.actual >> 20,
+                now.asked >> 20
+            );
+            return Err(named(&name, what));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// Gives the VM another name.

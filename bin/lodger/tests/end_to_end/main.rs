@@ -6,6 +6,7 @@ mod cli;
 mod disk;
 mod durability;
 mod guest;
+mod memory;
 mod network;
 mod process;
 mod share;

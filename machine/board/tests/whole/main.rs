@@ -160,14 +160,14 @@ fn wrong_specs_are_found_before_anything_is_built() {
             &|s| s.virtio.shares[0].folder = "/no/such/folder".into(),
             "/no/such/folder",
         ),
-        (&|s| s.virtio.disks = vec![disk.clone(); 27], "room for 31"),
+        (&|s| s.virtio.disks = vec![disk.clone(); 26], "room for 31"),
     ];
     for (change, says) in cases {
         let got = check(change);
         assert!(got.contains(says), "{got:?} does not say {says:?}");
     }
     // As many as there is room for.
-    assert_eq!(check(&|s| s.virtio.disks = vec![disk.clone(); 26]), "right");
+    assert_eq!(check(&|s| s.virtio.disks = vec![disk.clone(); 25]), "right");
 }
 
 #[test]

@@ -7,7 +7,9 @@ use lodger_board::{BootSpec, Host, Machine, MachineSpec, VirtioSpec};
 use lodger_clock::manual::ManualClock;
 use lodger_device_model::{MachineControl, MachineRequest};
 use lodger_vcpu::{Capabilities, Engine, EngineError, EngineVm, Vcpu, VmConfig};
-use lodger_virtio_devices::{BlkSpec, ConsoleSpec, FsSpec, NetSpec, NetworkSpec, VsockSpec};
+use lodger_virtio_devices::{
+    BalloonSpec, BlkSpec, ConsoleSpec, FsSpec, NetSpec, NetworkSpec, VsockSpec,
+};
 use lodger_x86::HostFeatures;
 use tempfile::NamedTempFile;
 
@@ -140,6 +142,9 @@ pub fn spec(files: &[NamedTempFile]) -> MachineSpec {
             }),
             nets: vec![NetSpec::new(NetworkSpec::User(Default::default()))],
             vsock: Some(VsockSpec::new(files[0].path().with_extension("vsock"))),
+            balloon: Some(BalloonSpec {
+                start: Some(8 << 20),
+            }),
             shares: vec![FsSpec {
                 folder: std::env::temp_dir(),
                 tag: "share0".into(),
