@@ -34,4 +34,4 @@ pub const VERSION: u32 = 1;
 pub const PORT: u32 = 1024;
 
 /// Bytes of standard input that may be on their way: the client sends no more until the agent has told that some were taken.
-pub const INPUT_WINDOW: u32 = 256 << 10;
+pub const INPUT_WINDOW: u32 = 1 << 20;

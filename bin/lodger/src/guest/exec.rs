@@ -31,7 +31,7 @@ const PATIENCE: u32 = 3;
 /// The size of a terminal that does not know its own.
 const USUAL: (u16, u16) = (80, 24);
 /// Bytes of standard input that are read at a time.
-const CHUNK: usize = 32 << 10;
+const CHUNK: usize = 64 << 10;
 
 /// Runs a command in a guest; the status is the command's.
 pub fn exec(args: &ExecArgs, quiet: bool) -> Result<ExitCode, Error> {

@@ -89,7 +89,8 @@ impl Guest {
             socket: vm.dir.join(vsock.path),
             name: vm.name,
             deadline: Instant::now() + BOOT.saturating_sub(up).max(AWAKE),
-            quiet,
+            // A program that looks at standard error looks for what the command says.
+            quiet: quiet || !rustix::termios::isatty(rustix::stdio::stderr()),
         })
     }
 
