@@ -1,7 +1,7 @@
 //! Reads tar archives into nodes of a [`Tree`](crate::tree::Tree).
 //!
 //! Formats: POSIX.1-2008, pax (extended attributes as `SCHILY.xattr.NAME`, which GNU
-//! tar writes), GNU. Limits: no block devices, pipes or sockets.
+//! tar writes), GNU. Limits: no sockets.
 
 use std::io::{self, Read};
 
@@ -20,6 +20,10 @@ pub(crate) fn read<R: Read>(
 ) -> io::Result<()> {
     for entry in Archive::new(input).entries()? {
         let mut entry = entry?;
+        // A comment on the whole archive.
+        if entry.header().entry_type() == EntryType::XGlobalHeader {
+            continue;
+        }
         let path = text(entry.path_bytes().into_owned())?;
         let path = path.strip_prefix("./").unwrap_or(&path);
         let node = node(&mut entry, store)
@@ -46,11 +50,18 @@ fn node<R: Read>(entry: &mut Entry<R>, store: &mut Store) -> io::Result<Node> {
         EntryType::Directory => Kind::Dir,
         EntryType::Symlink => Kind::Symlink(link),
         EntryType::Link => Kind::HardLink(link.strip_prefix("./").unwrap_or(&link).to_owned()),
-        EntryType::Char => Kind::CharDevice(
-            header.device_major()?.unwrap_or(0),
-            header.device_minor()?.unwrap_or(0),
-        ),
-        EntryType::Regular | EntryType::Continuous => Kind::File(store.keep(entry)?),
+        kind @ (EntryType::Char | EntryType::Block) => {
+            let major = header.device_major()?.unwrap_or(0);
+            let minor = header.device_minor()?.unwrap_or(0);
+            match kind {
+                EntryType::Char => Kind::CharDevice(major, minor),
+                _ => Kind::BlockDevice(major, minor),
+            }
+        }
+        EntryType::Fifo => Kind::Fifo,
+        EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
+            Kind::File(store.keep(entry)?)
+        }
         other => {
             let problem = format!("a file of type {:?}", other.as_byte() as char);
             return Err(io::Error::new(io::ErrorKind::Unsupported, problem));

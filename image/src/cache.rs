@@ -2,13 +2,15 @@
 //!
 //! ```text
 //! images/NAME/    a finished image: its files and image.json
+//! pulled/NAME/    the same for images of a registry, whose names are escaped
+//! blobs/          what has been fetched from registries
 //! downloads/      packages that are on their way, kept for the next try
 //! work/           everything else that a build writes; worthless afterwards
 //! lock            held (flock) by the one build that is at work
 //! ```
 //!
 //! A build fills a directory below `work`, forces it to the disk and renames it
-//! into `images`: whatever interrupts it, what is in `images` is whole. The lock
+//! into its place: whatever interrupts it, what is there is whole. The lock
 //! says that nobody is at work, so whoever gets it may delete all of `work`.
 
 use std::ffi::OsString;
@@ -20,10 +22,11 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
 use crate::debian::{self, Debian};
-use crate::error::{Error, IoContext, Result};
+use crate::error::{BUILD_SPACE, Error, IoContext, Result};
 use crate::guest::Guest;
-use crate::manifest::{self, Contents, Manifest};
+use crate::manifest::{self, Contents, Manifest, Part};
 use crate::mini;
+use crate::oci::{self, Container, Pulled};
 use crate::progress::Progress;
 
 /// The image to run when none is named.
@@ -57,7 +60,7 @@ pub struct Cache {
 }
 
 /// What a machine boots.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Image {
     /// The kernel, a bzImage.
     pub kernel: PathBuf,
@@ -67,6 +70,9 @@ pub struct Image {
     pub disk: Option<PathBuf>,
     /// The kernel command line that suits them.
     pub append: String,
+    /// What it runs, if it is from a registry: then `initrd` is still to be told that
+    /// ([`Container::write_initrd`]).
+    pub container: Option<Container>,
 }
 
 /// An image that is known, built or not.
@@ -75,7 +81,7 @@ pub struct ImageInfo {
     /// What to call it.
     pub name: String,
     /// What it is, in one line.
-    pub description: &'static str,
+    pub description: String,
     /// Where its files are, or would be.
     pub dir: PathBuf,
     /// Whether it is there.
@@ -91,8 +97,8 @@ pub enum ImageState {
     Ready {
         /// Bytes on the disk.
         size: u64,
-        /// The kernel's release, as `uname -r` says it.
-        kernel_release: String,
+        /// The kernel's release, as `uname -r` says it; `None`: the kernel is that of `mini`.
+        kernel_release: Option<String>,
     },
     /// Its files are not as they were built; the reason.
     Damaged(String),
@@ -134,39 +140,47 @@ impl Cache {
         let mut suites: Vec<String> = built
             .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
             .filter_map(|dir| Some(format!("{}:{}", debian::NAME, dir.strip_prefix("debian-")?)))
-            .filter(|name| Recipe::find(name).is_ok())
+            .filter(|name| Recipe::find(name).is_some())
             .collect();
         suites.sort();
         names.append(&mut suites);
-        names
+        let mut images: Vec<ImageInfo> = names
             .into_iter()
-            .map(|name| ImageInfo {
-                description: match name == DEFAULT_IMAGE {
+            .map(|name| {
+                let description = match name == DEFAULT_IMAGE {
                     true => mini::DESCRIPTION,
                     false => debian::DESCRIPTION,
-                },
-                dir: self.image_dir(&name),
-                state: match self.manifest(&name) {
-                    Ok(None) => ImageState::Absent,
-                    Ok(Some(manifest)) => ImageState::Ready {
-                        size: manifest.size(&self.image_dir(&name)),
-                        kernel_release: manifest.kernel_release,
-                    },
-                    Err(reason) => ImageState::Damaged(reason),
-                },
-                name,
+                };
+                let dir = self.root.join("images").join(name.replace(':', "-"));
+                info(name, description.to_owned(), dir)
             })
-            .collect()
+            .collect();
+        for pulled in self.pulled() {
+            let runs = pulled.container.command_line(&Default::default());
+            let dir = self.pulled_dir(&pulled.reference);
+            images.push(info(
+                pulled.reference,
+                format!("runs {}", runs.join(" ")),
+                dir,
+            ));
+        }
+        images
+    }
+
+    /// The images that are from registries, by their names; damaged ones are not among them.
+    pub(crate) fn pulled(&self) -> Vec<Pulled> {
+        let dirs = fs::read_dir(self.root.join("pulled")).into_iter().flatten();
+        let mut images: Vec<Pulled> = dirs
+            .filter_map(|entry| Manifest::read(&entry.ok()?.path()).ok()?.pulled)
+            .collect();
+        images.sort_by(|a, b| a.reference.cmp(&b.reference));
+        images
     }
 
     /// The image of that name; `None` if it has not been built. Checks that its
     /// files are there and have the right sizes; [`Cache::verify`] checks all.
     pub fn get(&self, name: &str) -> Result<Option<Image>> {
-        Recipe::find(name)?;
-        let manifest = self
-            .manifest(name)
-            .map_err(|reason| self.damaged(name, reason))?;
-        Ok(manifest.map(|manifest| self.image(name, &manifest)))
+        self.find(name, |name| self.get(name))
     }
 
     /// The image of that name; builds it as its recipe has it if it is not there or damaged, or if it is small and what Lodger puts
@@ -177,9 +191,12 @@ impl Cache {
         progress: &mut dyn Progress,
         guest: &mut dyn Guest,
     ) -> Result<Image> {
-        match self.get(name) {
-            Ok(Some(image)) if self.is_current(name) => Ok(image),
-            Ok(Some(old)) => {
+        let found = self.find(name, |base| {
+            self.get_or_build(base, progress, guest).map(Some)
+        });
+        match (found, Recipe::find(name)) {
+            (Ok(Some(image)), _) if self.is_current(name) => Ok(image),
+            (Ok(Some(old)), _) => {
                 let built = self.build(name, &BuildOptions::default(), progress, guest);
                 built.or_else(|error| {
                     let text = format!("the image {name} of an earlier Lodger is used: {error}");
@@ -187,30 +204,50 @@ impl Cache {
                     Ok(old)
                 })
             }
-            Ok(None) | Err(Error::Damaged { .. }) => {
+            (Ok(None) | Err(Error::Damaged { .. }), Some(_)) => {
                 self.build(name, &BuildOptions::default(), progress, guest)
             }
-            Err(error) => Err(error),
+            (Ok(None), None) => Err(self.unknown(name)),
+            (Err(error), _) => Err(error),
         }
     }
 
     /// Whether the image is as this program would make it, where that is worth a build.
     fn is_current(&self, name: &str) -> bool {
         match Recipe::find(name) {
-            Ok(Recipe::Mini) => (self.manifest(name).ok().flatten())
+            Some(Recipe::Mini) => (self.manifest(name).ok().flatten())
                 .is_none_or(|manifest| manifest.recipe == mini::recipe()),
             _ => true,
         }
     }
 
+    /// An image, with `base` to find the one whose kernel it uses.
+    fn find(
+        &self,
+        name: &str,
+        base: impl FnOnce(&str) -> Result<Option<Image>>,
+    ) -> Result<Option<Image>> {
+        let dir = self.image_dir(name)?;
+        let manifest = read_manifest(&dir).map_err(|reason| self.damaged(name, reason))?;
+        let Some(manifest) = manifest else {
+            return match Recipe::find(name) {
+                Some(_) => Ok(None),
+                None => Err(self.unknown(name)),
+            };
+        };
+        if manifest.kernel.is_some() {
+            return Ok(Some(image(&dir, &manifest, None)));
+        }
+        let base = base(DEFAULT_IMAGE)?;
+        Ok(base.map(|base| image(&dir, &manifest, Some(base))))
+    }
+
     /// Checks every byte of an image against its checksum. `false` if the image
     /// has not been built.
     pub fn verify(&self, name: &str) -> Result<bool> {
-        Recipe::find(name)?;
-        let check = || match self.manifest(name)? {
-            Some(manifest) => manifest
-                .check_contents(&self.image_dir(name))
-                .map(|()| true),
+        let dir = self.image_dir(name)?;
+        let check = || match read_manifest(&dir)? {
+            Some(manifest) => manifest.check_contents(&dir).map(|()| true),
             None => Ok(false),
         };
         check().map_err(|reason| self.damaged(name, reason))
@@ -226,7 +263,7 @@ impl Cache {
         progress: &mut dyn Progress,
         guest: &mut dyn Guest,
     ) -> Result<Image> {
-        let recipe = Recipe::find(name)?;
+        let recipe = Recipe::find(name).ok_or_else(|| self.unknown(name))?;
         let debian = match recipe {
             Recipe::Mini if *options != BuildOptions::default() => {
                 return Err(Error::Option {
@@ -241,8 +278,13 @@ impl Cache {
             None => mini::build(workshop, dir, progress),
             Some(debian) => debian.build(workshop, dir, progress, guest),
         };
-        self.build_with(name, progress, fill)
-            .map_err(|error| error.or_no_space(&self.root))
+        self.build_with(name, progress, fill).map_err(|error| {
+            let space = format!(
+                "the build: it takes {} MB, of which it keeps 20 (debian: 1200 and 400)",
+                BUILD_SPACE / 1_000_000
+            );
+            error.or_no_space(&self.root, &space)
+        })
     }
 
     fn build_with(
@@ -257,61 +299,87 @@ impl Cache {
             && let Ok(Some(manifest)) = self.manifest(name)
             && Some(&manifest) != before.as_ref()
         {
-            return Ok(self.image(name, &manifest));
+            return Ok(image(&self.image_dir(name)?, &manifest, None));
         }
-        self.install(name, &workshop, |dir| fill(&workshop, dir, progress))
+        let (dir, manifest) =
+            self.install(name, &workshop, |dir| fill(&workshop, dir, progress))?;
+        Ok(image(&dir, &manifest, None))
     }
 
-    /// Removes an image, and what an interrupted build may have left. `false` if
+    /// Removes an image, what had to be fetched for it alone, and what an interrupted build may have left. `false` if
     /// the image was not there.
     pub fn remove(&self, name: &str) -> Result<bool> {
-        Recipe::find(name)?;
+        let dir = self.image_dir(name)?;
+        if Recipe::find(name).is_none() && !dir.exists() {
+            return Err(self.unknown(name));
+        }
         if !self.root.exists() {
             return Ok(false);
         }
         let (workshop, _) = self.enter(&mut ())?;
-        let removed = self.discard(name, &workshop)?;
+        let removed = discard(&dir, &workshop)?;
         remove_dir(&workshop.downloads)?;
+        self.prune_blobs()?;
         Ok(removed)
     }
 
     /// The manifest of an image in the cache, if there is one; `Err` says what is
     /// wrong with the image.
-    fn manifest(&self, name: &str) -> Result<Option<Manifest>, String> {
-        let dir = self.image_dir(name);
-        if !dir.exists() {
-            return Ok(None);
+    pub(crate) fn manifest(&self, name: &str) -> Result<Option<Manifest>, String> {
+        let dir = self.image_dir(name).map_err(|error| error.to_string())?;
+        read_manifest(&dir)
+    }
+
+    /// Where an image is or would be; an error if nothing has such a name.
+    fn image_dir(&self, name: &str) -> Result<PathBuf> {
+        if Recipe::find(name).is_some() {
+            return Ok(self.root.join("images").join(name.replace(':', "-")));
         }
-        let manifest = Manifest::read(&dir)?;
-        manifest.check_sizes(&dir)?;
-        Ok(Some(manifest))
+        let reference = oci::parse(name).ok_or_else(|| self.unknown(name))?;
+        Ok(self.pulled_dir(&reference.to_string()))
     }
 
-    fn image_dir(&self, name: &str) -> PathBuf {
-        self.root.join("images").join(name.replace(':', "-"))
+    fn pulled_dir(&self, reference: &str) -> PathBuf {
+        let escaped: String = reference
+            .chars()
+            .map(|c| match c {
+                '/' => "%2F".into(),
+                ':' => "%3A".into(),
+                c => String::from(c),
+            })
+            .collect();
+        self.root.join("pulled").join(escaped)
     }
 
-    fn image(&self, name: &str, manifest: &Manifest) -> Image {
-        let dir = self.image_dir(name);
-        Image {
-            kernel: dir.join(&manifest.kernel.file),
-            initrd: dir.join(&manifest.initrd.file),
-            disk: manifest.disk.as_ref().map(|disk| dir.join(&disk.file)),
-            append: manifest.append.clone(),
+    fn unknown(&self, name: &str) -> Error {
+        let recipes = format!("{DEFAULT_IMAGE}, {0}, {0}:SUITE", debian::NAME);
+        let pulled = self.pulled().into_iter().map(|image| image.reference);
+        Error::UnknownImage {
+            name: name.to_owned(),
+            known: [recipes]
+                .into_iter()
+                .chain(pulled)
+                .collect::<Vec<_>>()
+                .join(", "),
         }
     }
 
     fn damaged(&self, name: &str, reason: String) -> Error {
+        let again = match Recipe::find(name) {
+            Some(_) => "Build it again: lodger image build",
+            None => "Pull it again: lodger image pull",
+        };
         Error::Damaged {
             name: name.to_owned(),
-            dir: self.image_dir(name),
+            dir: self.image_dir(name).unwrap_or_default(),
             reason,
+            again: format!("{again} {name}"),
         }
     }
 
     /// Takes the lock, and clears away what a dead build has left. Also tells
     /// whether the lock was somebody else's at first.
-    fn enter(&self, progress: &mut dyn Progress) -> Result<(Workshop, bool)> {
+    pub(crate) fn enter(&self, progress: &mut dyn Progress) -> Result<(Workshop, bool)> {
         let path = self.root.join("lock");
         let lock = fs::create_dir_all(&self.root)
             .and_then(|()| File::options().append(true).create(true).open(&path))
@@ -345,37 +413,80 @@ impl Cache {
         Ok((workshop, waited))
     }
 
-    /// Lets `fill` make the files of an image, and puts them in place.
-    fn install(
+    /// Lets `fill` make the files of an image, and puts them in place; says where, and what they are.
+    pub(crate) fn install(
         &self,
         name: &str,
         workshop: &Workshop,
         fill: impl FnOnce(&Path) -> Result<Contents>,
-    ) -> Result<Image> {
+    ) -> Result<(PathBuf, Manifest)> {
         let new = tempfile::tempdir_in(&workshop.scratch)
             .while_trying("create a directory in", &workshop.scratch)?;
         let contents = fill(new.path())?;
         let manifest = Manifest::create(new.path(), contents)?;
 
-        let place = self.image_dir(name);
-        let images = self.root.join("images");
-        fs::create_dir_all(&images).while_trying("create", &images)?;
-        self.discard(name, workshop)?;
+        let place = self.image_dir(name)?;
+        let images = place.parent().unwrap_or(&self.root);
+        fs::create_dir_all(images).while_trying("create", images)?;
+        discard(&place, workshop)?;
         fs::rename(new.path(), &place).while_trying("create", &place)?;
-        manifest::sync_dir(&images)?;
+        manifest::sync_dir(images)?;
         remove_dir(&workshop.downloads)?;
-        Ok(self.image(name, &manifest))
+        Ok((place, manifest))
     }
+}
 
-    /// Takes an image out of the cache in one step; its files go with the rest
-    /// of the scratch directory. `false` if it was not there.
-    fn discard(&self, name: &str, workshop: &Workshop) -> Result<bool> {
-        let place = self.image_dir(name);
-        match fs::rename(&place, workshop.scratch.join("discarded")) {
-            Ok(()) => Ok(true),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(error).while_trying("remove", &place),
-        }
+/// An image in the list.
+fn info(name: String, description: String, dir: PathBuf) -> ImageInfo {
+    ImageInfo {
+        name,
+        description,
+        state: match read_manifest(&dir) {
+            Ok(None) => ImageState::Absent,
+            Ok(Some(manifest)) => ImageState::Ready {
+                size: manifest.size(&dir),
+                kernel_release: manifest.kernel.map(|_| manifest.kernel_release),
+            },
+            Err(reason) => ImageState::Damaged(reason),
+        },
+        dir,
+    }
+}
+
+/// The image in `dir`, with the kernel of `base` if it has none of its own.
+fn image(dir: &Path, manifest: &Manifest, base: Option<Image>) -> Image {
+    let file = |part: &Option<Part>| part.as_ref().map(|part| dir.join(&part.file));
+    let base = base.unwrap_or_default();
+    Image {
+        kernel: file(&manifest.kernel).unwrap_or(base.kernel),
+        initrd: file(&manifest.initrd).unwrap_or(base.initrd),
+        disk: file(&manifest.disk),
+        append: format!("{} {}", base.append, manifest.append)
+            .trim()
+            .to_owned(),
+        container: manifest
+            .pulled
+            .as_ref()
+            .map(|pulled| pulled.container.clone()),
+    }
+}
+
+fn read_manifest(dir: &Path) -> Result<Option<Manifest>, String> {
+    if !dir.exists() {
+        return Ok(None);
+    }
+    let manifest = Manifest::read(dir)?;
+    manifest.check_sizes(dir)?;
+    Ok(Some(manifest))
+}
+
+/// Takes an image out of the cache in one step; its files go with the rest
+/// of the scratch directory. `false` if it was not there.
+fn discard(place: &Path, workshop: &Workshop) -> Result<bool> {
+    match fs::rename(place, workshop.scratch.join("discarded")) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error).while_trying("remove", place),
     }
 }
 
@@ -389,7 +500,7 @@ impl Drop for Workshop {
 
 impl Recipe<'_> {
     /// How to make the image of that name: `mini`, `debian`, `debian:SUITE`.
-    fn find(name: &str) -> Result<Recipe<'_>> {
+    fn find(name: &str) -> Option<Recipe<'_>> {
         let suite = name
             .strip_prefix(debian::NAME)
             .and_then(|rest| rest.strip_prefix(':'));
@@ -398,13 +509,10 @@ impl Recipe<'_> {
             suite.starts_with(|c: char| c.is_ascii_lowercase()) && suite.bytes().all(letter)
         };
         match (name, suite) {
-            (DEFAULT_IMAGE, _) => Ok(Recipe::Mini),
-            (debian::NAME, _) => Ok(Recipe::Debian(None)),
-            (_, Some(suite)) if proper(suite) => Ok(Recipe::Debian(Some(suite))),
-            _ => Err(Error::UnknownImage {
-                name: name.to_owned(),
-                known: format!("{DEFAULT_IMAGE}, {0}, {0}:SUITE", debian::NAME),
-            }),
+            (DEFAULT_IMAGE, _) => Some(Recipe::Mini),
+            (debian::NAME, _) => Some(Recipe::Debian(None)),
+            (_, Some(suite)) if proper(suite) => Some(Recipe::Debian(Some(suite))),
+            _ => None,
         }
     }
 }
@@ -446,22 +554,21 @@ mod tests {
     /// Installs an image whose kernel has these bytes.
     fn install(cache: &Cache, kernel: &[u8]) -> Result<Image> {
         let (workshop, _) = cache.enter(&mut ())?;
-        cache.install(DEFAULT_IMAGE, &workshop, |dir| {
+        let (dir, manifest) = cache.install(DEFAULT_IMAGE, &workshop, |dir| {
             fs::write(dir.join("kernel"), kernel).unwrap();
             fs::write(dir.join("initrd"), b"initrd").unwrap();
             Ok(contents())
-        })
+        })?;
+        Ok(image(&dir, &manifest, None))
     }
 
     fn contents() -> Contents {
         Contents {
-            kernel: "kernel",
-            initrd: "initrd",
-            disk: None,
+            kernel: Some("kernel"),
+            initrd: Some("initrd"),
             append: "quiet",
             kernel_release: "6.1".into(),
-            packages: [].into(),
-            recipe: String::new(),
+            ..Contents::default()
         }
     }
 
@@ -608,7 +715,8 @@ mod tests {
                 .unwrap();
             drop(workshop);
             let (second, steps) = second.join().unwrap();
-            assert_eq!(second.unwrap(), first);
+            assert_eq!(second.unwrap().kernel, first.0.join("kernel"));
+            assert_eq!(fs::read(first.0.join("kernel")).unwrap(), b"first");
             assert_eq!(steps.len(), 1, "{steps:?}");
             assert!(steps[0].starts_with("waiting for another build in "));
         });
@@ -631,7 +739,7 @@ mod tests {
 
         install(&cache, b"kernel").unwrap();
         assert!(cache.verify("mini").unwrap());
-        fs::remove_file(cache.image_dir("mini").join("image.json")).unwrap();
+        fs::remove_file(cache.image_dir("mini").unwrap().join("image.json")).unwrap();
         assert!(matches!(cache.get("mini"), Err(Error::Damaged { .. })));
     }
 
@@ -650,7 +758,7 @@ mod tests {
             (Err(tool("cannot copy: No space left on device")), true),
             (Err(tool("cannot copy: Input/output error")), false),
         ] {
-            let error = error.unwrap_err().or_no_space(Path::new("/c"));
+            let error = error.unwrap_err().or_no_space(Path::new("/c"), "it");
             assert_eq!(matches!(error, Error::NoSpace { .. }), expected, "{error}");
             assert!(!expected || error.to_string().contains("XDG_CACHE_HOME"));
         }

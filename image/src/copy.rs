@@ -86,10 +86,8 @@ mod tests {
 
     fn image(disk: &Path) -> Image {
         Image {
-            kernel: "kernel".into(),
-            initrd: "initrd".into(),
             disk: Some(disk.to_owned()),
-            append: String::new(),
+            ..Image::default()
         }
     }
 

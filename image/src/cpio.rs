@@ -2,7 +2,8 @@
 //!
 //! The same tree gives the same bytes: names are sorted, times are zero and
 //! everything belongs to root, so a build needs no privilege even for device
-//! nodes. Only what an initial RAM disk needs is here: no hard links, no reading.
+//! nodes. Only what an initial RAM disk needs is here: no hard links, block devices or
+//! pipes, no reading.
 //!
 //! The format is "newc", as in the kernel's
 //! Documentation/driver-api/early-userspace/buffer-format.rst.
@@ -34,8 +35,8 @@ fn write_node(out: &mut impl Write, inode: u32, path: &str, node: &Node) -> io::
         Kind::File(content) => (REGULAR, (0, 0), content.bytes()?),
         Kind::Symlink(target) => (SYMLINK, (0, 0), target.clone().into()),
         Kind::CharDevice(major, minor) => (CHAR_DEVICE, (*major, *minor), Vec::new()),
-        Kind::HardLink(_) => {
-            let problem = format!("{path}: a hard link in a cpio");
+        Kind::HardLink(_) | Kind::BlockDevice(..) | Kind::Fifo => {
+            let problem = format!("{path}: a hard link, block device or pipe in a cpio");
             return Err(io::Error::new(io::ErrorKind::Unsupported, problem));
         }
     };

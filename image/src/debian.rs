@@ -171,8 +171,8 @@ impl<'a> Debian<'a> {
         }
         self.write_disk(&tree, &debs, epoch, &dir.join(DISK_FILE))?;
         Ok(Contents {
-            kernel: KERNEL_FILE,
-            initrd: INITRD_FILE,
+            kernel: Some(KERNEL_FILE),
+            initrd: Some(INITRD_FILE),
             disk: Some(DISK_FILE),
             append: APPEND,
             kernel_release: kernel.release,
@@ -181,6 +181,7 @@ impl<'a> Debian<'a> {
                 .map(|deb| (deb.package, deb.version))
                 .collect(),
             recipe: String::new(),
+            pulled: None,
         })
     }
 
@@ -222,14 +223,9 @@ impl<'a> Debian<'a> {
             hash.update(deb.title());
             hash.update("\n");
         }
-        let mut uuid = [0; 16];
-        uuid.copy_from_slice(&hash.finalize()[..16]);
-        // RFC 9562: version 8, made in a way of one's own.
-        uuid[6] = uuid[6] & 0x0f | 0x80;
-        uuid[8] = uuid[8] & 0x3f | 0x80;
         let options = ext4::Options {
             size,
-            uuid,
+            uuid: ext4::uuid(hash),
             label: "lodger-root",
             time: epoch,
             journal: JOURNAL,
@@ -239,6 +235,7 @@ impl<'a> Debian<'a> {
             io::ErrorKind::FileTooLarge => Error::DiskTooSmall {
                 image: self.name.to_owned(),
                 size,
+                command: format!("build {}", self.name),
             },
             _ => Error::Io {
                 action: "write",

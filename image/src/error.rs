@@ -17,13 +17,33 @@ pub enum Error {
     /// No image of that name can be built.
     #[error(
         "there is no image '{name}'; known images: {known}. \
-         To boot files of your own, pass --kernel FILE and --initrd FILE"
+         `lodger image pull` fetches others from a registry. To boot files of your own, pass --kernel FILE and --initrd FILE"
     )]
     UnknownImage {
         /// The name that was asked for.
         name: String,
         /// All names that would do, comma separated.
         known: String,
+    },
+
+    /// A name that no registry could have.
+    #[error(
+        "'{name}' does not name an image of a registry: {problem}; names are like nginx, debian:12 or ghcr.io/user/name:tag"
+    )]
+    Reference {
+        /// What was asked for.
+        name: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+
+    /// An image cannot be had from its registry.
+    #[error("cannot pull {reference}: {problem}")]
+    Pull {
+        /// The full name of the image.
+        reference: String,
+        /// Why not.
+        problem: String,
     },
 
     /// Neither environment variable says where the cache is.
@@ -55,8 +75,7 @@ pub enum Error {
 
     /// An image in the cache is not what was built.
     #[error(
-        "image '{name}' in {} is damaged: {reason}. \
-         Build it again: lodger image build {name}", dir.display()
+        "image '{name}' in {} is damaged: {reason}. {again}", dir.display()
     )]
     Damaged {
         /// The image.
@@ -65,6 +84,8 @@ pub enum Error {
         dir: PathBuf,
         /// What is wrong with it.
         reason: String,
+        /// What to do, as a sentence without its full stop.
+        again: String,
     },
 
     /// The host has no apt.
@@ -137,13 +158,15 @@ pub enum Error {
     /// The files of the image are more than its disk can hold.
     #[error(
         "the files of image '{image}' do not fit on a disk of {} MB. Build it with a larger one: \
-         lodger image build {image} --size SIZE", size / 1_000_000
+         lodger image {command} --size SIZE", size / 1_000_000
     )]
     DiskTooSmall {
         /// The image.
         image: String,
         /// Bytes of the disk.
         size: u64,
+        /// What makes the image, behind `lodger image`.
+        command: String,
     },
 
     /// The machine that installs the packages did not do it.
@@ -170,12 +193,14 @@ pub enum Error {
 
     /// The disk is full, or the user's share of it.
     #[error(
-        "no space is left in {} to build the image: a build takes {} MB, of which it keeps 20 (debian: 1200 and 400). \
-         Free some, or set XDG_CACHE_HOME to a directory on another disk", dir.display(), BUILD_SPACE / 1_000_000
+        "no space is left in {} for {what}. Free some, or set XDG_CACHE_HOME to a directory on another disk",
+        dir.display()
     )]
     NoSpace {
         /// The cache.
         dir: PathBuf,
+        /// What does not fit.
+        what: String,
     },
 
     /// A tool failed, or answered what cannot be understood.
@@ -201,8 +226,8 @@ pub enum Error {
 }
 
 impl Error {
-    /// Says it plainly if this comes from a full disk, with `dir` as the cache's place.
-    pub(crate) fn or_no_space(self, dir: &Path) -> Error {
+    /// Says it plainly if this comes from a full disk, with `dir` as the cache's place, and what was to be there.
+    pub(crate) fn or_no_space(self, dir: &Path, what: &str) -> Error {
         let full = match &self {
             Error::Io { source, .. } | Error::CacheDir { source, .. } => matches!(
                 source.kind(),
@@ -214,6 +239,7 @@ impl Error {
         match full {
             true => Error::NoSpace {
                 dir: dir.to_owned(),
+                what: what.to_owned(),
             },
             false => self,
         }

@@ -19,6 +19,8 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use sha2::{Digest, Sha256};
+
 use crate::tree::{Content, Kind, Node, Tree};
 
 /// Bytes of a block, and its base-2 logarithm above 1024.
@@ -54,6 +56,8 @@ const REGULAR: u32 = 0o100000;
 const DIRECTORY: u32 = 0o040000;
 const SYMLINK: u32 = 0o120000;
 const CHAR_DEVICE: u32 = 0o020000;
+const BLOCK_DEVICE: u32 = 0o060000;
+const FIFO: u32 = 0o010000;
 
 const EXTENTS_FL: u32 = 0x80000;
 
@@ -74,6 +78,16 @@ pub(crate) struct Options {
     pub(crate) time: u32,
     /// Owner, group and mode of the root directory are 0, 0 and 755. Bytes of the journal.
     pub(crate) journal: u64,
+}
+
+/// A UUID of what is hashed: different for different file systems, and the same for the same. RFC 9562, version 8: made
+/// in a way of one's own.
+pub(crate) fn uuid(hash: Sha256) -> [u8; 16] {
+    let mut uuid = [0; 16];
+    uuid.copy_from_slice(&hash.finalize()[..16]);
+    uuid[6] = uuid[6] & 0x0f | 0x80;
+    uuid[8] = uuid[8] & 0x3f | 0x80;
+    uuid
 }
 
 /// Writes the file system to `disk`, which is empty.
@@ -362,12 +376,16 @@ impl<'a> Writer<'a> {
                 inode.mode = SYMLINK;
                 self.fill(&mut inode, &Content::Bytes(target.clone().into()))?;
             }
-            Kind::CharDevice(major, minor) => {
+            Kind::Fifo => inode.mode = FIFO,
+            Kind::CharDevice(major, minor) | Kind::BlockDevice(major, minor) => {
                 // The form that has 12 bits of major and 20 of minor.
                 let device = minor & 0xff | major << 8 | (minor & !0xff) << 12;
                 let mut block = [0; 60];
                 block[4..8].copy_from_slice(&device.to_le_bytes());
-                inode.mode = CHAR_DEVICE;
+                inode.mode = match node.kind {
+                    Kind::CharDevice(..) => CHAR_DEVICE,
+                    _ => BLOCK_DEVICE,
+                };
                 inode.block = Some(block);
             }
         }
@@ -674,6 +692,8 @@ impl DirBlocks {
             Kind::File(_) => 1,
             Kind::Dir => 2,
             Kind::CharDevice(..) => 3,
+            Kind::BlockDevice(..) => 4,
+            Kind::Fifo => 5,
             Kind::Symlink(_) => 7,
             // The entry tells of the file that the link is to.
             Kind::HardLink(_) => 0,

@@ -1,4 +1,4 @@
-//! Guest images, built from the host distribution's own packages.
+//! Guest images: built from the host distribution's own packages, or from a registry.
 //!
 //! A [`Cache`] holds the images of one user, by default in `~/.cache/lodger`.
 //! An [`Image`] is what a machine boots: a kernel, an initial RAM disk, a
@@ -22,10 +22,11 @@
 //! | `tool.rs`      | programs of the host                                      |
 //! | `kernel.rs`, `modules.rs` | the kernel, and its modules with what they need |
 //! | `tree.rs`      | files with owners and permissions, as data                |
+//! | `oci/`          | images from registries                                    |
 //! | `archive.rs`, `cpio.rs`, `ext4.rs` | a tree from a tar archive, as an initial RAM disk, as a disk |
 //!
-//! Limits: amd64 guests on Debian and its derivatives. Images by other means
-//! (an OCI registry, a disk image) are not here yet.
+//! Limits: amd64 guests; kernels come from Debian's packages, so the host is Debian or
+//! one of its derivatives.
 
 mod agent;
 mod apt;
@@ -43,6 +44,7 @@ mod kernel;
 mod manifest;
 mod mini;
 mod modules;
+mod oci;
 mod progress;
 mod settings;
 mod sources;
@@ -54,4 +56,5 @@ pub use apt::PackageTools;
 pub use cache::{BuildOptions, Cache, DEFAULT_IMAGE, Image, ImageInfo, ImageState};
 pub use error::{BUILD_SPACE, Error, Result};
 pub use guest::{Guest, GuestJob};
+pub use oci::{Container, Process, PullOutcome};
 pub use progress::Progress;

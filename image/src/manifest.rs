@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::{IoContext, Result};
+use crate::oci::Pulled;
 
 /// The name of the manifest in an image's directory.
 pub(crate) const FILE: &str = "image.json";
@@ -26,8 +27,11 @@ const FORMAT: u32 = 3;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Manifest {
     format: u32,
-    pub(crate) kernel: Part,
-    pub(crate) initrd: Part,
+    /// Kernel and RAM disk; those of `mini` if the image has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) kernel: Option<Part>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) initrd: Option<Part>,
     /// The root disk, if the image has one. Its checksum is that of [`sha256_of_disk`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) disk: Option<Part>,
@@ -40,6 +44,9 @@ pub(crate) struct Manifest {
     /// What Lodger added to the packages, if the recipe tells.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub(crate) recipe: String,
+    /// Of an image from a registry.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) pulled: Option<Pulled>,
 }
 
 /// One file of an image.
@@ -54,34 +61,37 @@ pub(crate) struct Part {
 }
 
 /// What a recipe leaves in an image's directory.
+#[derive(Default)]
 pub(crate) struct Contents {
     /// File names in that directory.
-    pub(crate) kernel: &'static str,
-    pub(crate) initrd: &'static str,
+    pub(crate) kernel: Option<&'static str>,
+    pub(crate) initrd: Option<&'static str>,
     pub(crate) disk: Option<&'static str>,
     pub(crate) append: &'static str,
     pub(crate) kernel_release: String,
     pub(crate) packages: BTreeMap<String, String>,
     /// See [`Manifest::recipe`].
     pub(crate) recipe: String,
+    pub(crate) pulled: Option<Pulled>,
 }
 
 impl Manifest {
     /// Measures what lies in `dir`, forces it to the disk, and writes the manifest
     /// beside it.
     pub(crate) fn create(dir: &Path, contents: Contents) -> Result<Manifest> {
+        let part = |name: Option<&str>, hash: fn(File) -> io::Result<String>| {
+            name.map(|name| Part::measure(dir, name, hash)).transpose()
+        };
         let manifest = Manifest {
             format: FORMAT,
-            kernel: Part::measure(dir, contents.kernel, sha256_of)?,
-            initrd: Part::measure(dir, contents.initrd, sha256_of)?,
-            disk: contents
-                .disk
-                .map(|name| Part::measure(dir, name, sha256_of_disk))
-                .transpose()?,
+            kernel: part(contents.kernel, sha256_of)?,
+            initrd: part(contents.initrd, sha256_of)?,
+            disk: part(contents.disk, sha256_of_disk)?,
             append: contents.append.to_owned(),
             kernel_release: contents.kernel_release,
             packages: contents.packages,
             recipe: contents.recipe,
+            pulled: contents.pulled,
         };
         let path = dir.join(FILE);
         let mut json = serde_json::to_vec_pretty(&manifest)
@@ -158,7 +168,13 @@ impl Manifest {
     }
 
     fn parts(&self) -> impl Iterator<Item = &Part> {
-        [&self.kernel, &self.initrd].into_iter().chain(&self.disk)
+        let Manifest {
+            kernel,
+            initrd,
+            disk,
+            ..
+        } = self;
+        kernel.iter().chain(initrd).chain(disk)
     }
 }
 
@@ -229,7 +245,8 @@ pub(crate) fn sha256_of_disk(file: File) -> io::Result<String> {
     Ok(hexadecimal(hash))
 }
 
-fn hexadecimal(hash: Sha256) -> String {
+/// The result of a hash.
+pub(crate) fn hexadecimal(hash: Sha256) -> String {
     let bytes = hash.finalize();
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -255,13 +272,14 @@ mod tests {
         disk.write_all_at(b"disk", 5 << 20).unwrap();
         disk.set_len(1 << 30).unwrap();
         let contents = Contents {
-            kernel: "vmlinuz",
-            initrd: "initrd",
+            kernel: Some("vmlinuz"),
+            initrd: Some("initrd"),
             disk: Some("disk"),
             append: "console=ttyS0",
             kernel_release: "6.1".into(),
             packages: [("linux".into(), "6.1-1".into())].into(),
             recipe: "r".into(),
+            pulled: None,
         };
         let manifest = Manifest::create(dir.path(), contents).unwrap();
         (dir, manifest)

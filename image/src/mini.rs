@@ -82,8 +82,8 @@ pub(crate) fn build(
     fs::rename(&kernel.image, &path).while_trying("create", &path)?;
 
     Ok(Contents {
-        kernel: KERNEL_FILE,
-        initrd: INITRD_FILE,
+        kernel: Some(KERNEL_FILE),
+        initrd: Some(INITRD_FILE),
         disk: None,
         append: APPEND,
         kernel_release: kernel.release,
@@ -92,6 +92,7 @@ pub(crate) fn build(
             .map(|deb| (deb.package, deb.version))
             .collect(),
         recipe: recipe(),
+        pulled: None,
     })
 }
 

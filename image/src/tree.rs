@@ -53,6 +53,10 @@ pub(crate) enum Kind {
     Symlink(String),
     /// A character device: major and minor number.
     CharDevice(u32, u32),
+    /// A block device: major and minor number.
+    BlockDevice(u32, u32),
+    /// A named pipe.
+    Fifo,
     /// One more name of the file at this path.
     HardLink(String),
 }
@@ -73,6 +77,7 @@ pub(crate) enum Content {
 pub(crate) struct Store {
     file: Arc<File>,
     len: u64,
+    most: u64,
 }
 
 impl Node {
@@ -135,7 +140,13 @@ impl Store {
         Ok(Store {
             file: Arc::new(file),
             len: 0,
+            most: u64::MAX,
         })
+    }
+
+    /// Keeps so many bytes in all, and refuses more as [`io::ErrorKind::FileTooLarge`].
+    pub(crate) fn at_most(self, most: u64) -> Store {
+        Store { most, ..self }
     }
 
     /// Keeps all that can be read from `input`.
@@ -154,6 +165,9 @@ struct Appender<'a>(&'a mut Store);
 
 impl Write for Appender<'_> {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        if data.len() as u64 > self.0.most - self.0.len {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
         let written = self.0.file.write_at(data, self.0.len)?;
         self.0.len += written as u64;
         Ok(written)
@@ -204,6 +218,11 @@ impl Tree {
         self.nodes.insert(path, node);
     }
 
+    /// Puts a file at this very path, whose directory is there.
+    pub(crate) fn put(&mut self, path: &str, node: Node) {
+        self.nodes.insert(path.to_owned(), node);
+    }
+
     /// The file at a path, through symbolic links on the way but not at its end.
     pub(crate) fn get(&self, path: &str) -> Option<&Node> {
         self.nodes.get(&self.real_path(path))
@@ -215,7 +234,6 @@ impl Tree {
     }
 
     /// The contents of the regular file at a path.
-    #[cfg(test)]
     pub(crate) fn content(&self, path: &str) -> Option<&Content> {
         match &self.get(path)?.kind {
             Kind::File(content) => Some(content),
@@ -245,34 +263,12 @@ impl Tree {
         self.nodes.len()
     }
 
-    /// The path without symbolic links before its last component. A link that
-    /// leads nowhere, or in a circle, stays as it is.
+    /// The path without symbolic links before its last component.
     pub(crate) fn real_path(&self, path: &str) -> String {
-        let mut real = String::new();
-        let mut rest: Vec<String> = components(path).rev().map(str::to_owned).collect();
-        let mut links = 0;
-        while let Some(name) = rest.pop() {
-            if name == ".." {
-                real.truncate(real.rfind('/').unwrap_or(0));
-                continue;
-            }
-            let mut next = real.clone();
-            if !next.is_empty() {
-                next.push('/');
-            }
-            next += &name;
-            match self.nodes.get(&next).map(|node| &node.kind) {
-                Some(Kind::Symlink(target)) if !rest.is_empty() && links < MOST_LINKS => {
-                    links += 1;
-                    if target.starts_with('/') {
-                        real.clear();
-                    }
-                    rest.extend(components(target).rev().map(str::to_owned));
-                }
-                _ => real = next,
-            }
-        }
-        real
+        resolve(path, |path| match &self.nodes.get(path)?.kind {
+            Kind::Symlink(target) => Some(target),
+            _ => None,
+        })
     }
 
     fn leads_to_dir(&self, path: &str) -> bool {
@@ -284,6 +280,36 @@ impl Tree {
                 Some(Kind::Dir)
             )
     }
+}
+
+/// The path without symbolic links before its last component, where `link` knows where the link at a path leads. A link
+/// that leads nowhere, or in a circle, stays as it is.
+pub(crate) fn resolve<'a>(path: &str, link: impl Fn(&str) -> Option<&'a String>) -> String {
+    let mut real = String::new();
+    let mut rest: Vec<String> = components(path).rev().map(str::to_owned).collect();
+    let mut links = 0;
+    while let Some(name) = rest.pop() {
+        if name == ".." {
+            real.truncate(real.rfind('/').unwrap_or(0));
+            continue;
+        }
+        let mut next = real.clone();
+        if !next.is_empty() {
+            next.push('/');
+        }
+        next += &name;
+        match link(&next) {
+            Some(target) if !rest.is_empty() && links < MOST_LINKS => {
+                links += 1;
+                if target.starts_with('/') {
+                    real.clear();
+                }
+                rest.extend(components(target).rev().map(str::to_owned));
+            }
+            _ => real = next,
+        }
+    }
+    real
 }
 
 /// The names that a path is made of.

@@ -42,6 +42,8 @@ Exit status:
   2      wrong arguments
   3      the guest crashed (triple fault); a report is on standard error
   4      the guest reset the machine, under --no-reboot
+  0-255  of images from a registry: the status with which the image's program has ended; 126 and 127
+         if it could not be started
   2v+1   the guest wrote v to the debug-exit port (modulo 256)
   128+n  ended by signal n
 
@@ -59,6 +61,16 @@ Examples:
   lodger completions bash > ~/.local/share/bash-completion/completions/lodger
   lodger completions zsh > ~/.zfunc/_lodger
   lodger completions fish > ~/.config/fish/completions/lodger.fish";
+
+const PULL_AFTER: &str = "\
+Names are those of Docker: without a registry it is docker.io, without a tag `latest`. A login comes
+from where `docker login` and `podman login` store it. Registries on 127.0.0.1 are spoken to without TLS.
+
+Examples:
+  lodger image pull nginx
+  lodger run -p 8080:80 nginx
+  lodger run -d --name web -p 8080:80 nginx
+  lodger run alpine ls -l /";
 
 /// RAM of a machine for which nothing else is said, in bytes.
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
@@ -82,7 +94,7 @@ pub struct Cli {
 pub enum Command {
     /// Run a virtual machine
     Run(Box<RunArgs>),
-    /// Build, list and remove guest images
+    /// Build, pull, list and remove guest images
     #[command(subcommand)]
     Image(ImageCommand),
     /// Make, describe, convert, check and grow disk images
@@ -167,6 +179,7 @@ pub enum Command {
 #[derive(Debug, Subcommand)]
 pub enum ImageCommand {
     /// List the images that are known, built or not
+    #[command(alias = "ls")]
     List,
     /// Build an image from the host distribution's packages, anew if it is there
     Build {
@@ -176,11 +189,25 @@ pub enum ImageCommand {
         #[command(flatten)]
         options: ImageOptions,
     },
-    /// Remove an image from the cache
-    Remove {
-        /// The image
-        image: String,
+    /// Fetch an image from a registry, anew if it has changed there
+    #[command(after_help = PULL_AFTER)]
+    Pull {
+        /// The image: nginx, debian:12, ghcr.io/user/name:tag, 127.0.0.1:5000/name@sha256:...
+        #[arg(value_name = "REFERENCE")]
+        reference: String,
+        /// The size of the root disk, which takes of the host what is on it [default: 10G]
+        #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+        size: Option<u64>,
     },
+    /// Remove images from the cache
+    #[command(alias = "rm")]
+    Remove {
+        /// The images
+        #[arg(required = true, value_name = "IMAGE")]
+        images: Vec<String>,
+    },
+    /// Remove what was fetched for images that are not there any more, or never became complete
+    Prune,
 }
 
 /// What a Debian image is to be like.
@@ -209,6 +236,11 @@ pub struct RunArgs {
     /// The image to boot [default: mini]; see `lodger image list`
     #[arg(conflicts_with_all = ["kernel", "initrd"])]
     pub image: Option<String>,
+    /// What an image from a registry is to run, in place of its own command
+    #[arg(trailing_var_arg = true, value_name = "COMMAND")]
+    pub command: Vec<String>,
+    #[command(flatten)]
+    pub container: ContainerArgs,
     /// Boot this kernel instead of an image: bzImage, ELF (PVH or 64-bit entry) or multiboot 1
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
@@ -281,6 +313,23 @@ pub struct RunArgs {
     /// At the end, tell what the engine did: translations, exits by cause, instructions left to the interpreter
     #[arg(long)]
     pub stats: bool,
+}
+
+/// How the program of an image from a registry is run.
+#[derive(Debug, Args)]
+pub struct ContainerArgs {
+    /// Set a variable in its environment; without VALUE as it is here (repeatable)
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub env: Vec<String>,
+    /// Its working directory
+    #[arg(short, long, value_name = "DIR")]
+    pub workdir: Option<String>,
+    /// The program, in place of the image's entry point; empty: only the command counts
+    #[arg(long, value_name = "PROGRAM")]
+    pub entrypoint: Option<String>,
+    /// What the machine calls itself [default: the name of the machine]
+    #[arg(long, value_name = "NAME")]
+    pub hostname: Option<lodger_store::Name>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -535,7 +584,14 @@ mod tests {
             "run --net isolated -p 80:80",
             "run -p 8080:80 --publish 127.0.0.1:5353:53/udp --net user",
             "run --share .:/srv --share /data:/data:ro",
+            "run alpine sh -c ls -m 5",
+            "run -m 1G alpine -- -x",
+            "run alpine -m 1G -e A=B --env C -w /srv --entrypoint x --hostname h y -z",
             "image list",
+            "image ls",
+            "image pull nginx --size 2G",
+            "image rm nginx mini",
+            "image prune",
             "image build",
             "image build debian:trixie --size 4G --package git --package gcc --user me --ssh-key k",
             "image remove mini",
@@ -561,6 +617,8 @@ mod tests {
         for bad in [
             "",
             "run mini --kernel k",
+            "run --hostname a/b alpine",
+            "image pull",
             "run --initrd i",
             "run --engine qemu",
             "run --device toaster",

@@ -269,7 +269,11 @@ fn images(report: &mut Report) {
         };
         match state {
             ImageState::Ready { kernel_release, .. } => {
-                report.add(Fine, &topic, format!("built, with Linux {kernel_release}"));
+                let text = match kernel_release {
+                    Some(release) => format!("built, with Linux {release}"),
+                    None => "pulled".into(),
+                };
+                report.add(Fine, &topic, text);
             }
             ImageState::Absent => {
                 missing |= name == DEFAULT_IMAGE;
@@ -279,7 +283,7 @@ fn images(report: &mut Report) {
             }
             ImageState::Damaged(reason) => {
                 missing = true;
-                let text = format!("{reason}; repair it: lodger image build {name}");
+                let text = format!("{reason}; repair it: lodger image build (or pull) {name}");
                 report.add(Note, &topic, text);
             }
         }

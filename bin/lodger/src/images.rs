@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use lodger_image::{BuildOptions, Cache, Guest, GuestJob, ImageInfo, ImageState, Progress};
+use lodger_image::{
+    BuildOptions, Cache, Guest, GuestJob, ImageInfo, ImageState, Progress, PullOutcome,
+};
 
 use crate::cli::{EngineChoice, ImageCommand, ImageOptions};
 use crate::messages;
@@ -28,19 +30,52 @@ pub fn serve(command: &ImageCommand, quiet: bool) -> Result<ExitCode, Error> {
                 messages::say(format_args!("built {image} in {}", dir.display()));
             }
         }
-        ImageCommand::Remove { image } => {
-            let removed = cache.remove(image)?;
+        ImageCommand::Pull { reference, size } => pull(&cache, reference, *size, quiet)?,
+        ImageCommand::Remove { images } => {
+            for image in images {
+                let removed = cache.remove(image)?;
+                if !quiet {
+                    let what = if removed {
+                        "removed"
+                    } else {
+                        "not built, nothing to remove"
+                    };
+                    messages::say(format_args!("image {image}: {what}"));
+                }
+            }
+        }
+        ImageCommand::Prune => {
+            let freed = cache.prune()?;
             if !quiet {
-                let what = if removed {
-                    "removed"
-                } else {
-                    "not built, nothing to remove"
-                };
-                messages::say(format_args!("image {image}: {what}"));
+                let freed = freed.div_ceil(1_000_000);
+                messages::say(format_args!("{freed} MB freed"));
             }
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn pull(cache: &Cache, reference: &str, size: Option<u64>, quiet: bool) -> Result<(), Error> {
+    let mut bar = Bar::new(quiet);
+    let pulled = cache.pull(reference, size, &mut bar);
+    bar.finish();
+    let pulled = pulled?;
+    // Its kernel, so that it can be run without the network.
+    let machine = EngineChoice::Auto;
+    cache.get_or_build(&pulled.reference, &mut bar, &mut Machine(machine))?;
+    bar.finish();
+    if !quiet {
+        let how = if pulled.unchanged {
+            "here already"
+        } else {
+            "pulled"
+        };
+        let PullOutcome {
+            reference, digest, ..
+        } = pulled;
+        messages::say(format_args!("{reference}: {how} ({digest})"));
+    }
+    Ok(())
 }
 
 fn build_options(options: &ImageOptions) -> Result<BuildOptions, Error> {
@@ -132,8 +167,12 @@ fn list(cache: &Cache) -> Result<(), Error> {
             ImageState::Ready {
                 size,
                 kernel_release,
-            } => format!("Linux {kernel_release}, {} MB", size.div_ceil(1_000_000)),
-            ImageState::Damaged(reason) => format!("damaged, will be built anew: {reason}"),
+            } => {
+                let kernel = kernel_release.map(|release| format!("Linux {release}, "));
+                let size = size.div_ceil(1_000_000);
+                format!("{}{size} MB", kernel.unwrap_or_default())
+            }
+            ImageState::Damaged(reason) => format!("damaged: {reason}"),
         };
         format!(
             "{:8}  {}\n{:8}  {state}\n{:8}  {}\n",

@@ -1,14 +1,17 @@
 //! `lodger run`: from the arguments to what the monitor runs.
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::ExitCode;
 
 use lodger_board::{BootSpec, MachineSpec, VirtioSpec};
-use lodger_image::{Cache, Image};
+use lodger_image::{Cache, Container, Image, Process};
 use lodger_net::UserNetSpec;
 use lodger_store::Claim;
 use lodger_vcpu::Engine;
 use lodger_virtio_devices::{BlkSpec, ConsoleSpec, NetSpec, NetworkSpec, VsockSpec};
+use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::cli::{DeviceChoice, NetChoice, RunArgs, VsockChoice};
 use crate::images::{self, Bar};
@@ -27,16 +30,22 @@ pub fn run(args: &RunArgs, verbose: u8, quiet: bool) -> Result<ExitCode, Error> 
     };
     let dir = claim.as_ref().map(|claim| claim.dir());
     let mut made = add_image(&mut spec, args, dir, quiet);
-    if let (Ok(()), Some(claim)) = (&made, &mut claim) {
-        made = vms::write_down(claim, args, &spec);
+    if let (Ok(_), Some(claim)) = (&made, &mut claim)
+        && let Err(error) = vms::write_down(claim, args, &spec)
+    {
+        made = Err(error);
     }
-    if let Err(error) = made {
-        // Nothing is left behind of what has never been.
-        if let Some(Err(error)) = claim.map(Claim::remove) {
-            tracing::warn!("{error}");
+    // As long as the machine runs.
+    let _files = match made {
+        Ok(files) => files,
+        Err(error) => {
+            // Nothing is left behind of what has never been.
+            if let Some(Err(error)) = claim.map(Claim::remove) {
+                tracing::warn!("{error}");
+            }
+            return Err(error);
         }
-        return Err(error);
-    }
+    };
     match claim {
         Some(claim) if args.keeping.detach => {
             monitor::start_detached(&claim, verbose)?;
@@ -74,6 +83,7 @@ pub fn vm_spec(args: &RunArgs) -> Result<VmSpec, Error> {
         restart: args.restart,
         stats: args.stats,
         image: args.kernel.is_none(),
+        container: false,
         machine,
     })
 }
@@ -132,13 +142,14 @@ fn append(args: &RunArgs) -> String {
         .join(" ")
 }
 
-/// Adds what to boot, and the root disk of an image that has one. `dir` is the directory of a VM that is kept.
+/// Adds what to boot, and the root disk of an image that has one. `dir` is the directory of a VM that is kept. The answer is
+/// a file without a name, if there is one that the machine needs.
 pub fn add_image(
     spec: &mut VmSpec,
     args: &RunArgs,
     dir: Option<&Path>,
     quiet: bool,
-) -> Result<(), Error> {
+) -> Result<Option<File>, Error> {
     let machine = &mut spec.machine;
     if dir.is_some() {
         vms::make_absolute(machine)?;
@@ -146,12 +157,88 @@ pub fn add_image(
             machine.virtio.vsock = Some(VsockSpec::new(vms::VSOCK));
         }
     }
-    if args.kernel.is_none() {
-        let (boot, root) = boot_spec(args, dir, quiet)?;
-        machine.boot = boot;
-        machine.virtio.disks.splice(0..0, root);
+    if args.kernel.is_some() {
+        return Ok(None);
     }
-    Ok(())
+    let (boot, root, container) = boot_spec(args, dir, quiet)?;
+    machine.boot = boot;
+    machine.virtio.disks.splice(0..0, root);
+    let mut process = process(args)?;
+    match container {
+        Some(container) => {
+            spec.container = true;
+            let name = args.keeping.name.as_ref().map(ToString::to_string);
+            process.hostname = process.hostname.or(name);
+            machine.debug_exit = true;
+            container_initrd(&container, &process, machine, dir)
+        }
+        None if process == Process::default() => Ok(None),
+        None => Err(Error::Usage(format!(
+            "a command, --env, --workdir, --entrypoint and --hostname are for images from a registry, which {} is not",
+            boots(args)
+        ))),
+    }
+}
+
+/// What an image from a registry is to run.
+fn process(args: &RunArgs) -> Result<Process, Error> {
+    let own = &args.container;
+    let variable = |text: &String| match text.split_once('=') {
+        Some(("", _)) => Some(Err(Error::Usage(format!("--env {text}: NAME=VALUE")))),
+        Some(_) => Some(Ok(text.clone())),
+        // One that is not set here is not set there.
+        None => Some(Ok(format!("{text}={}", std::env::var(text).ok()?))),
+    };
+    Ok(Process {
+        command: args.command.clone(),
+        entrypoint: own.entrypoint.clone(),
+        environment: own
+            .env
+            .iter()
+            .filter_map(variable)
+            .collect::<Result<_, _>>()?,
+        directory: own.workdir.clone(),
+        hostname: own.hostname.as_ref().map(ToString::to_string),
+    })
+}
+
+/// Tells the guest what to run, by its RAM disk: a file in the directory of a VM that is kept, otherwise one in memory.
+fn container_initrd(
+    container: &Container,
+    process: &Process,
+    machine: &mut MachineSpec,
+    dir: Option<&Path>,
+) -> Result<Option<File>, Error> {
+    const NAME: &str = "container.cpio";
+    let initrd = machine.boot.initrd.take().unwrap_or_default();
+    let cannot = |path: &Path| {
+        let path = path.to_owned();
+        move |error: std::io::Error| Error::File {
+            path,
+            what: error.to_string(),
+        }
+    };
+    if container.command_line(process).is_empty() {
+        let text = "the image has no command of its own: say what it is to run, behind its name";
+        return Err(Error::Usage(text.into()));
+    }
+    match dir {
+        Some(dir) => {
+            let path = dir.join(NAME);
+            let mut file = File::create(&path).map_err(cannot(&path))?;
+            container.write_initrd(process, &dir.join(initrd), &mut file)?;
+            machine.boot.initrd = Some(NAME.into());
+            Ok(None)
+        }
+        None => {
+            let file = memfd_create(NAME, MemfdFlags::CLOEXEC);
+            let mut file = File::from(file.map_err(|error| cannot(&initrd)(error.into()))?);
+            container.write_initrd(process, &initrd, &mut file)?;
+            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+            machine.boot.initrd = Some(path.into());
+            Ok(Some(file))
+        }
+    }
 }
 
 /// What of this terminal's size the guest can be told at its start.
@@ -181,12 +268,12 @@ fn nets(args: &RunArgs) -> Vec<NetSpec> {
     vec![NetSpec::new(network)]
 }
 
-/// What to boot of an image, and its root disk if it has one.
+/// What to boot of an image, its root disk if it has one, and what it runs if it is from a registry.
 fn boot_spec(
     args: &RunArgs,
     dir: Option<&Path>,
     quiet: bool,
-) -> Result<(BootSpec, Option<BlkSpec>), Error> {
+) -> Result<(BootSpec, Option<BlkSpec>, Option<Container>), Error> {
     let mut append = append(args);
     let name = args.image.as_deref().unwrap_or(lodger_image::DEFAULT_IMAGE);
     let mut bar = Bar::new(quiet);
@@ -214,7 +301,7 @@ fn boot_spec(
         initrd: Some(initrd),
         append: format!("{} {append}", image.append).trim().to_owned(),
     };
-    Ok((boot, root))
+    Ok((boot, root, image.container))
 }
 
 /// The root disk of a machine that runs an image: one that is forgotten at the end, or the one in the file `kept`, which

@@ -25,6 +25,9 @@ pub struct VmSpec {
     /// It boots an image, which can be told the terminal's size.
     #[serde(default)]
     pub image: bool,
+    /// It runs the program of an image from a registry: what the guest writes to the debug-exit port is the program's status.
+    #[serde(default)]
+    pub container: bool,
     /// The machine.
     pub machine: MachineSpec,
 }

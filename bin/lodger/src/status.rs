@@ -120,7 +120,9 @@ impl Error {
             Error::Usage(_)
             | Error::Build(BuildError::Spec(_) | BuildError::Cpu(_))
             | Error::Image(
-                lodger_image::Error::UnknownImage { .. } | lodger_image::Error::Option { .. },
+                lodger_image::Error::UnknownImage { .. }
+                | lodger_image::Error::Reference { .. }
+                | lodger_image::Error::Option { .. },
             )
             | Error::Disk(lodger_block::ManageError::Size { .. }) => USAGE,
             Error::Ended(status) | Error::Relayed { status, .. } => *status,

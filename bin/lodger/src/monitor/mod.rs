@@ -269,7 +269,7 @@ impl Monitor {
             messages::end_line();
             messages::print_stats(&stats);
         }
-        Ok(Run::conclude(outcome, asked))
+        Ok(Run::conclude(outcome, asked, self.spec.container))
     }
 
     /// Before the first machine runs: the last messages, then the terminal is the guest's.
@@ -419,10 +419,14 @@ impl Run {
     }
 
     /// The status, and the last words.
-    fn conclude(outcome: Outcome, asked: Option<Asked>) -> Run {
+    fn conclude(outcome: Outcome, asked: Option<Asked>, container: bool) -> Run {
         let (status, reason) = match outcome {
             Outcome::PoweredOff => (status::POWERED_OFF, "the guest powered off".into()),
             Outcome::Reset => (status::RESET, "the guest reset the machine".into()),
+            Outcome::DebugExit(value) if container => {
+                let status = value as u8;
+                (status, format!("its program ended with status {status}"))
+            }
             Outcome::DebugExit(value) => (
                 status::debug_exit(value),
                 format!("the guest wrote {value:#x} to the debug-exit port"),

@@ -120,13 +120,18 @@ fn options(value: &toml::Value) -> Result<Vec<String>, String> {
         return Err("not a table of options".into());
     };
     let mut words = Vec::new();
-    let mut image = None;
+    let (mut image, mut command) = (None, Vec::new());
     for (key, value) in table {
         match (key.as_str(), value) {
             (key, _) if OURS.contains(&key) => {
                 return Err(format!("{key}: not an option here"));
             }
             ("image", toml::Value::String(name)) => image = Some(name.clone()),
+            ("command", toml::Value::Array(values)) => {
+                for value in values {
+                    command.push(scalar(key, value)?);
+                }
+            }
             (_, toml::Value::Boolean(true)) => words.push(format!("--{key}")),
             (_, toml::Value::Boolean(false)) => {}
             (_, toml::Value::Array(values)) => {
@@ -144,6 +149,7 @@ fn options(value: &toml::Value) -> Result<Vec<String>, String> {
     }
     // Behind all options, so that it cannot be one.
     words.extend(image.into_iter().flat_map(|image| ["--".into(), image]));
+    words.append(&mut command);
     Ok(words)
 }
 
@@ -299,6 +305,10 @@ mod tests {
             ),
             ("no-reboot = true\nstats = false", "--no-reboot"),
             ("append = '-x y'", "--append=-x y"),
+            (
+                "command = ['ls', '-l']\nimage = 'alpine'\nenv = { A = 'b' }",
+                "--env=A=b -- alpine ls -l",
+            ),
         ] {
             assert_eq!(words(text).as_deref(), Ok(expected));
         }

@@ -9,5 +9,7 @@ mod guest;
 mod memory;
 mod network;
 mod process;
+mod pull;
+mod registry;
 mod share;
 mod vms;
