@@ -16,6 +16,7 @@ mod loader;
 pub mod lockstep;
 mod net;
 pub mod runner;
+mod share;
 mod virtio;
 mod vsock;
 
@@ -23,7 +24,8 @@ pub use agent::{agent_files, agent_messages};
 pub use disk::disk_image;
 pub use loader::loader;
 pub use net::user_net;
-pub use virtio::{pci, virtio_blk, virtio_net, virtio_queue};
+pub use share::share;
+pub use virtio::{pci, virtio_balloon, virtio_blk, virtio_net, virtio_queue};
 pub use vsock::virtio_vsock;
 
 /// Something to fuzz.
@@ -67,6 +69,16 @@ pub const TARGETS: &[Target] = &[
         name: "agent_files",
         run: agent_files,
         samples: agent::file_samples,
+    },
+    Target {
+        name: "share",
+        run: share,
+        samples: share::samples,
+    },
+    Target {
+        name: "virtio_balloon",
+        run: virtio_balloon,
+        samples: Vec::new,
     },
     Target {
         name: "user_net",

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
 
 use lodger_block::BlockBackend;
 use lodger_clock::InputPort;
@@ -12,13 +13,15 @@ use lodger_virtio::{
     Activation, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Queue, VirtioDevice, VirtioPci,
     read_config,
 };
-use lodger_virtio_devices::{Blk, Limits, Net, RngSpec};
+use lodger_virtio_devices::{BalloonSpec, Blk, Limits, Net, RngSpec};
 
 pub(crate) const RINGS: u64 = 0x1_0000;
 pub(crate) const BUFFERS: u64 = 0x2_0000;
 pub(crate) const QUEUE_SIZE: u16 = 8;
 /// Flush, cache mode, discard, write zeroes.
 const BLK_FEATURES: u64 = 1 << 9 | 1 << 11 | 1 << 13 | 1 << 14;
+/// Statistics, deflation when memory is short, reporting.
+const BALLOON_FEATURES: u64 = 1 << 1 | 1 << 2 | 1 << 5;
 /// Received packets over several buffers.
 const NET_F_MRG_RXBUF: u64 = 1 << 15;
 
@@ -278,6 +281,26 @@ pub fn virtio_blk(data: &[u8]) {
     let mut status = [9];
     (d.machine.memory.read(BUFFERS + 64, &mut status)).expect("it is RAM");
     assert_eq!(status, [0]);
+}
+
+/// The memory balloon, misused: its queue to inflate, or that for free pages.
+pub fn virtio_balloon(data: &[u8]) {
+    let mut input = Input(data);
+    let features = F_INDIRECT_DESC | BALLOON_FEATURES;
+    let queue = u16::from(input.byte() % 4);
+    let machine = Machine::new();
+    let spec = BalloonSpec {
+        start: Some(RAM / 2),
+    };
+    let (device, balloon) =
+        (spec.build("balloon", &machine.wiring())).expect("the host has threads");
+    let d = machine.plug(&device);
+    misuse(&d, &device, queue, features, &mut input);
+    assert!(balloon.status(Duration::ZERO).actual <= RAM);
+    d.set_status(0);
+    // Pages that it can do without: not those of its rings.
+    (d.machine.memory.write(BUFFERS, &[0; 16])).expect("it is RAM");
+    works(&d, 0, features, &[(BUFFERS, 16, false)]);
 }
 
 /// A network that gives back what it gets, and a packet whenever there is room.

@@ -189,7 +189,7 @@ impl Share {
         let handle = self.handle(handle, false)?;
         let to = offset(to)?;
         let behind = (IN_HEADER + WRITE_IN) as u64;
-        let given = message.given().saturating_sub(behind);
+        let given = message.given().checked_sub(behind).ok_or(Errno::INVAL)?;
         if u64::from(size) > given || size > MOST_DATA {
             return Err(Errno::INVAL);
         }
