@@ -83,9 +83,11 @@ const HOSTS: &str = "\
 ::1 localhost ip6-localhost ip6-loopback
 ";
 
-/// Keys come with the first connection, because making them takes long on a slow processor.
+/// Keys come with the first connection, because making them takes long on a slow processor. They come before the check of the
+/// configuration, which misses them otherwise.
 const SSH: &str = "\
 [Service]
+ExecStartPre=
 ExecStartPre=/bin/sh -c 'test -e /etc/ssh/ssh_host_ed25519_key || ssh-keygen -q -t ed25519 -N \"\" -f /etc/ssh/ssh_host_ed25519_key'
 ";
 const SSHD_CONFIG: &str = "\
@@ -148,7 +150,10 @@ pub(crate) fn apply(tree: &mut Tree, options: &BuildOptions, sources_list: &str)
              ExecStart=-/sbin/agetty --autologin {user} --noclear --keep-baud console 115200 vt220\n"
         ),
     );
-    text(&format!("{UNITS}/ssh@.service.d/keys.conf"), SSH);
+    // Which of the two the socket starts depends on the package.
+    for unit in ["ssh", "ssh@"] {
+        text(&format!("{UNITS}/{unit}.service.d/keys.conf"), SSH);
+    }
     text(
         &format!("{UNITS}/systemd-logind.service.d/bus.conf"),
         LOGIND,

@@ -27,8 +27,8 @@ use std::time::Duration;
 
 use lodger_guest_protocol::PORT;
 
-/// Connections at once; more wait in the kernel.
-const CONNECTIONS: usize = 256;
+/// Connections at once, as many as there are usually descriptors for; more are closed.
+const CONNECTIONS: usize = 100;
 /// Bytes of a thread's stack.
 const STACK: usize = 256 << 10;
 /// How often the driver is looked for that may be about to be loaded, and how long.
