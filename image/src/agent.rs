@@ -6,7 +6,7 @@ use crate::tree::Tree;
 pub const PROGRAM: &[u8] = include_bytes!(env!("LODGER_AGENT"));
 
 /// Where it is in an image.
-const PATH: &str = "usr/lib/lodger/agent";
+pub(crate) const PATH: &str = "usr/lib/lodger/agent";
 
 /// The module of the kernel by which it talks to the host.
 pub(crate) const MODULE: &str = "vmw_vsock_virtio_transport";

@@ -4,7 +4,7 @@
 //! pipes; what the command does not read is bounded by the window of the protocol, so that signals are always heard.
 
 use std::collections::VecDeque;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,6 +12,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
 
 use lodger_guest_protocol::{
     Answer, Exec, Exit, Failure, FailureKind, FromGuest, INPUT_WINDOW, MAX_PAYLOAD, ToGuest,
@@ -37,12 +38,33 @@ const OUTBOX: usize = 256 << 10;
 /// What a terminal takes for the end of the input (Ctrl-D).
 const END_OF_INPUT: u8 = 4;
 
+/// What commands have unless the host says otherwise.
+#[derive(Debug, Default)]
+pub struct Defaults {
+    /// Variables.
+    pub environment: Vec<(OsString, OsString)>,
+    /// Where they start.
+    pub directory: Option<PathBuf>,
+    /// Who runs them.
+    pub user: Option<String>,
+}
+
+static DEFAULTS: OnceLock<Defaults> = OnceLock::new();
+
+/// Before the first command.
+pub fn set_defaults(defaults: Defaults) {
+    // Only the first ones count.
+    let _ = DEFAULTS.set(defaults);
+}
+
 /// Runs a command to its end.
 pub fn run(exec: &Exec, connection: &File) -> Result<(), Failure> {
     let other = |error: io::Error| Failure::new(FailureKind::Other, error);
-    let user = users::find(exec.user.as_deref());
+    let defaults = DEFAULTS.get_or_init(Defaults::default);
+    let user = exec.user.as_ref().or(defaults.user.as_ref());
+    let user = users::find(user.map(String::as_str));
     let user = user.map_err(|text| Failure::new(FailureKind::Other, text))?;
-    let (child, ends) = start(exec, &user)?;
+    let (child, ends) = start(exec, &user, defaults)?;
     let mut session = Session::new(connection, child, ends).map_err(other)?;
     session.say(&FromGuest::Accepted(Answer::Done));
     if session.serve().is_err() {
@@ -62,7 +84,7 @@ struct Ends {
     terminal: bool,
 }
 
-fn start(exec: &Exec, user: &User) -> Result<(Child, Ends), Failure> {
+fn start(exec: &Exec, user: &User, defaults: &Defaults) -> Result<(Child, Ends), Failure> {
     let refused = |kind, text: String| Failure::new(kind, text);
     let other = |error: io::Error| Failure::new(FailureKind::Other, error);
     let Some((program, arguments)) = exec.argv.split_first().filter(|(p, _)| !p.is_empty()) else {
@@ -72,7 +94,8 @@ fn start(exec: &Exec, user: &User) -> Result<(Child, Ends), Failure> {
     let dir = match &exec.dir {
         Some(dir) => PathBuf::from(OsStr::from_bytes(dir)),
         // A home that is not there is no reason not to run.
-        None => Some(user.home.clone())
+        None => (defaults.directory.clone())
+            .or(Some(user.home.clone()))
             .filter(|home| home.is_dir())
             .unwrap_or("/".into()),
     };
@@ -85,6 +108,7 @@ fn start(exec: &Exec, user: &User) -> Result<(Child, Ends), Failure> {
         .args(arguments.iter().map(|argument| OsStr::from_bytes(argument)))
         .env_clear()
         .env("PATH", PATH)
+        .envs(defaults.environment.iter().map(|(key, value)| (key, value)))
         .env("HOME", &user.home)
         .env("USER", &user.name)
         .env("LOGNAME", &user.name)

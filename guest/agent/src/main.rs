@@ -22,6 +22,7 @@ mod terminal;
 mod users;
 mod vsock;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -35,10 +36,47 @@ const STACK: usize = 256 << 10;
 const TRIES: u32 = 150;
 const PAUSE: Duration = Duration::from_millis(200);
 
+/// How it is used where a program of the guest's is not to be found at its root, as in images of registries.
+const USAGE: &str =
+    "usage: lodger-agent [--root DIR] [--environment] [--workdir DIR] [--user USER[:GROUP]]";
+
+/// Takes what the command line says: where the commands' root is, and what they have unless the host says otherwise: the agent's
+/// environment, a directory, a user.
+fn settle(arguments: &[OsString]) -> Result<(), String> {
+    let mut defaults = exec::Defaults::default();
+    let mut root = None;
+    let mut arguments = arguments.iter();
+    while let Some(argument) = arguments.next() {
+        let mut value = || arguments.next().cloned().ok_or(USAGE);
+        match argument.to_str() {
+            Some("--root") => root = Some(value()?),
+            Some("--environment") => defaults.environment = std::env::vars_os().collect(),
+            Some("--workdir") => defaults.directory = Some(value()?.into()),
+            Some("--user") => {
+                let user = value()?.into_string().map_err(|_| USAGE)?;
+                defaults.user = Some(user);
+            }
+            _ => return Err(USAGE.into()),
+        }
+    }
+    if let Some(root) = root {
+        let cannot = |error| format!("{}: {error}", root.display());
+        rustix::process::chroot(&root).map_err(cannot)?;
+        rustix::process::chdir("/").map_err(cannot)?;
+    }
+    exec::set_defaults(defaults);
+    Ok(())
+}
+
 fn main() -> ExitCode {
     if std::env::args_os().any(|argument| argument == "--version") {
         println!("lodger-agent {}", env!("CARGO_PKG_VERSION"));
         return ExitCode::SUCCESS;
+    }
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    if let Err(text) = settle(&arguments) {
+        eprintln!("lodger-agent: {text}");
+        return ExitCode::FAILURE;
     }
     let mut tries = 0;
     let listener = loop {

@@ -11,6 +11,7 @@ use std::path::Path;
 use oci_spec::image::ImageConfiguration;
 use serde::{Deserialize, Serialize};
 
+use crate::agent;
 use crate::cpio;
 use crate::error::{IoContext, Result};
 use crate::tree::{Kind, Node, Tree};
@@ -175,7 +176,20 @@ impl Container {
             run += &format!(" \\\n\t{}", quoted(word));
         }
         run.push('\n');
+        // Commands of the host's have what the image's program has.
+        let mut agent = "#!/bin/sh\nexec /bin/busybox env -i".to_owned();
+        for word in words.iter() {
+            agent += &format!(" \\\n\t{}", quoted(word));
+        }
+        agent += &format!(
+            " \\\n\t/{} --root {ROOT} --environment --workdir {} --user {}:{}\n",
+            agent::PATH,
+            quoted(directory),
+            self.user.0,
+            self.user.1
+        );
         let mut tree = Tree::default();
+        tree.file("lodger/agent", 0o755, agent.into());
         tree.file("lodger/init", 0o755, INIT.into());
         tree.file("lodger/udhcpc", 0o755, UDHCPC.into());
         tree.file("lodger/status", 0o755, super::status::program());

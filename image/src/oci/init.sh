@@ -31,6 +31,7 @@ for device in /sys/bus/pci/devices/*; do
 	0x1000 | 0x1041) drivers="$drivers virtio_net" ;;
 	0x1003 | 0x1043) drivers="$drivers virtio_console" ;;
 	0x1005 | 0x1044) drivers="$drivers virtio_rng" ;;
+	0x1053) drivers="$drivers vmw_vsock_virtio_transport" ;;
 	esac
 done
 modprobe -a virtio_pci virtio_blk ext4 $drivers
@@ -78,6 +79,11 @@ cat >/mnt/etc/hosts <<END
 ::1 localhost ip6-localhost ip6-loopback
 END
 [ -d "/mnt$directory" ] || mkdir -p "/mnt$directory"
+
+# Serves the host's commands and copies.
+case $drivers in
+*vsock*) sh /lodger/agent </dev/null >/dev/null 2>&1 & ;;
+esac
 
 read -r cmdline </proc/cmdline
 for word in $cmdline; do

@@ -78,7 +78,7 @@ fn busybox(registry: &Registry, repository: &str) -> Layer {
         .file("bin/busybox", 0o755, 0, &program.expect("busybox"))
         .file("etc/passwd", 0o644, 0, passwd.as_bytes());
     for name in [
-        "sh", "id", "pwd", "env", "hostname", "cat", "ls", "stat", "sleep", "wget", "true",
+        "sh", "id", "pwd", "env", "hostname", "cat", "head", "ls", "stat", "sleep", "wget", "true",
     ] {
         archive = archive.link(EntryType::Symlink, &format!("bin/{name}"), "busybox");
     }
@@ -147,6 +147,11 @@ fn an_image_runs_as_its_configuration_says() {
         .expect(0);
     let mut logs = home.start(&["logs", "-f", "web"]);
     logs.wait_for("ready");
+    // Commands have what the program has.
+    let script = "id -u; pwd; echo $GREETING; cat /etc/passwd | head -c 4";
+    let run = home.lodger(&["exec", "web", "sh", "-c", script]).expect(0);
+    let expected = "101\n/srv/new/dir\nit's \"quoted\" $HOME\nroot";
+    assert_eq!(run.text(), expected);
     let stopped = home.lodger(&["stop", "--time", "60", "web"]).expect(0);
     assert!(stopped.stderr.contains("status 5"), "{}", stopped.stderr);
     logs.finish().expect(0);
