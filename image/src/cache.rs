@@ -3,6 +3,7 @@
 //! ```text
 //! images/NAME/    a finished image: its files and image.json
 //! pulled/NAME/    the same for images of a registry, whose names are escaped
+//! imported/NAME/  the same for disk images of others
 //! blobs/          what has been fetched from registries
 //! downloads/      packages that are on their way, kept for the next try
 //! work/           everything else that a build writes; worthless afterwards
@@ -24,6 +25,7 @@ use rustix::io::Errno;
 use crate::debian::{self, Debian};
 use crate::error::{BUILD_SPACE, Error, IoContext, Result};
 use crate::guest::Guest;
+use crate::import;
 use crate::manifest::{self, Contents, Manifest, Part};
 use crate::mini;
 use crate::oci::{self, Container, Pulled};
@@ -97,7 +99,7 @@ pub enum ImageState {
     Ready {
         /// Bytes on the disk.
         size: u64,
-        /// The kernel's release, as `uname -r` says it; `None`: the kernel is that of `mini`.
+        /// The kernel's release, as `uname -r` says it; `None`: the kernel is that of `mini`, or not known.
         kernel_release: Option<String>,
     },
     /// Its files are not as they were built; the reason.
@@ -155,6 +157,21 @@ impl Cache {
                 info(name, description.to_owned(), dir)
             })
             .collect();
+        let imported = fs::read_dir(self.root.join("imported"))
+            .into_iter()
+            .flatten();
+        let mut imported: Vec<_> = imported
+            .filter_map(|entry| {
+                let dir = entry.ok()?.path();
+                let from = Manifest::read(&dir).ok()?.imported?;
+                Some((from, dir))
+            })
+            .collect();
+        imported.sort_by(|(a, _), (b, _)| a.name.cmp(&b.name));
+        for (from, dir) in imported {
+            let description = format!("imported from {}", from.file.display());
+            images.push(info(from.name, description, dir));
+        }
         for pulled in self.pulled() {
             let runs = pulled.container.command_line(&Default::default());
             let dir = self.pulled_dir(&pulled.reference);
@@ -335,6 +352,10 @@ impl Cache {
         if Recipe::find(name).is_some() {
             return Ok(self.root.join("images").join(name.replace(':', "-")));
         }
+        let imported = self.root.join("imported").join(name);
+        if import::is_name(name) && imported.exists() {
+            return Ok(imported);
+        }
         let reference = oci::parse(name).ok_or_else(|| self.unknown(name))?;
         Ok(self.pulled_dir(&reference.to_string()))
     }
@@ -353,12 +374,13 @@ impl Cache {
 
     fn unknown(&self, name: &str) -> Error {
         let recipes = format!("{DEFAULT_IMAGE}, {0}, {0}:SUITE", debian::NAME);
-        let pulled = self.pulled().into_iter().map(|image| image.reference);
+        let others = self.list().into_iter().map(|image| image.name);
+        let others = others.filter(|name| Recipe::find(name).is_none());
         Error::UnknownImage {
             name: name.to_owned(),
             known: [recipes]
                 .into_iter()
-                .chain(pulled)
+                .chain(others)
                 .collect::<Vec<_>>()
                 .join(", "),
         }
@@ -367,7 +389,7 @@ impl Cache {
     fn damaged(&self, name: &str, reason: String) -> Error {
         let again = match Recipe::find(name) {
             Some(_) => "Build it again: lodger image build",
-            None => "Pull it again: lodger image pull",
+            None => "Pull or import it again: lodger image rm",
         };
         Error::Damaged {
             name: name.to_owned(),
@@ -425,7 +447,10 @@ impl Cache {
         let contents = fill(new.path())?;
         let manifest = Manifest::create(new.path(), contents)?;
 
-        let place = self.image_dir(name)?;
+        let place = match manifest.imported {
+            Some(_) => self.root.join("imported").join(name),
+            None => self.image_dir(name)?,
+        };
         let images = place.parent().unwrap_or(&self.root);
         fs::create_dir_all(images).while_trying("create", images)?;
         discard(&place, workshop)?;
@@ -445,7 +470,7 @@ fn info(name: String, description: String, dir: PathBuf) -> ImageInfo {
             Ok(None) => ImageState::Absent,
             Ok(Some(manifest)) => ImageState::Ready {
                 size: manifest.size(&dir),
-                kernel_release: manifest.kernel.map(|_| manifest.kernel_release),
+                kernel_release: Some(manifest.kernel_release).filter(|release| !release.is_empty()),
             },
             Err(reason) => ImageState::Damaged(reason),
         },
@@ -566,7 +591,7 @@ mod tests {
         Contents {
             kernel: Some("kernel"),
             initrd: Some("initrd"),
-            append: "quiet",
+            append: "quiet".into(),
             kernel_release: "6.1".into(),
             ..Contents::default()
         }

@@ -174,7 +174,7 @@ impl<'a> Debian<'a> {
             kernel: Some(KERNEL_FILE),
             initrd: Some(INITRD_FILE),
             disk: Some(DISK_FILE),
-            append: APPEND,
+            append: APPEND.into(),
             kernel_release: kernel.release,
             packages: debs
                 .into_iter()
@@ -182,6 +182,7 @@ impl<'a> Debian<'a> {
                 .collect(),
             recipe: String::new(),
             pulled: None,
+            imported: None,
         })
     }
 

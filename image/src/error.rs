@@ -46,6 +46,18 @@ pub enum Error {
         problem: String,
     },
 
+    /// A disk image cannot be booted.
+    #[error(
+        "cannot import {}: {problem}. Pass --kernel FILE and --initrd FILE (and --append with root=...) to boot it with those",
+        file.display()
+    )]
+    Import {
+        /// The disk image.
+        file: PathBuf,
+        /// Why not.
+        problem: String,
+    },
+
     /// Neither environment variable says where the cache is.
     #[error("no place for the image cache: set HOME or XDG_CACHE_HOME to a directory")]
     NoCacheDir,

@@ -1,4 +1,4 @@
-//! Guest images: built from the host distribution's own packages, or from a registry.
+//! Guest images: built from the host distribution's own packages, from a registry, or from disk images of others.
 //!
 //! A [`Cache`] holds the images of one user, by default in `~/.cache/lodger`.
 //! An [`Image`] is what a machine boots: a kernel, an initial RAM disk, a
@@ -23,6 +23,8 @@
 //! | `kernel.rs`, `modules.rs` | the kernel, and its modules with what they need |
 //! | `tree.rs`      | files with owners and permissions, as data                |
 //! | `oci/`          | images from registries                                    |
+//! | `import.rs`    | disk images of other makers                               |
+//! | `seed.rs`      | what cloud-init in them is told                           |
 //! | `archive.rs`, `cpio.rs`, `ext4.rs` | a tree from a tar archive, as an initial RAM disk, as a disk |
 //!
 //! Limits: amd64 guests; kernels come from Debian's packages, so the host is Debian or
@@ -40,12 +42,14 @@ mod dpkg;
 mod error;
 mod ext4;
 mod guest;
+mod import;
 mod kernel;
 mod manifest;
 mod mini;
 mod modules;
 mod oci;
 mod progress;
+mod seed;
 mod settings;
 mod sources;
 mod tool;
@@ -56,5 +60,7 @@ pub use apt::PackageTools;
 pub use cache::{BuildOptions, Cache, DEFAULT_IMAGE, Image, ImageInfo, ImageState};
 pub use error::{BUILD_SPACE, Error, Result};
 pub use guest::{Guest, GuestJob};
+pub use import::ImportOptions;
 pub use oci::{Container, Process, PullOutcome};
 pub use progress::Progress;
+pub use seed::{MOST_SEED, Seed};

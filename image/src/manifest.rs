@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::{IoContext, Result};
+use crate::import::Imported;
 use crate::oci::Pulled;
 
 /// The name of the manifest in an image's directory.
@@ -47,6 +48,9 @@ pub(crate) struct Manifest {
     /// Of an image from a registry.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) pulled: Option<Pulled>,
+    /// Of a disk image of somebody else's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) imported: Option<Imported>,
 }
 
 /// One file of an image.
@@ -67,12 +71,13 @@ pub(crate) struct Contents {
     pub(crate) kernel: Option<&'static str>,
     pub(crate) initrd: Option<&'static str>,
     pub(crate) disk: Option<&'static str>,
-    pub(crate) append: &'static str,
+    pub(crate) append: String,
     pub(crate) kernel_release: String,
     pub(crate) packages: BTreeMap<String, String>,
     /// See [`Manifest::recipe`].
     pub(crate) recipe: String,
     pub(crate) pulled: Option<Pulled>,
+    pub(crate) imported: Option<Imported>,
 }
 
 impl Manifest {
@@ -87,11 +92,12 @@ impl Manifest {
             kernel: part(contents.kernel, sha256_of)?,
             initrd: part(contents.initrd, sha256_of)?,
             disk: part(contents.disk, sha256_of_disk)?,
-            append: contents.append.to_owned(),
+            append: contents.append,
             kernel_release: contents.kernel_release,
             packages: contents.packages,
             recipe: contents.recipe,
             pulled: contents.pulled,
+            imported: contents.imported,
         };
         let path = dir.join(FILE);
         let mut json = serde_json::to_vec_pretty(&manifest)
@@ -275,11 +281,12 @@ mod tests {
             kernel: Some("vmlinuz"),
             initrd: Some("initrd"),
             disk: Some("disk"),
-            append: "console=ttyS0",
+            append: "console=ttyS0".into(),
             kernel_release: "6.1".into(),
             packages: [("linux".into(), "6.1-1".into())].into(),
             recipe: "r".into(),
             pulled: None,
+            imported: None,
         };
         let manifest = Manifest::create(dir.path(), contents).unwrap();
         (dir, manifest)

@@ -85,7 +85,7 @@ pub(crate) fn build(
         kernel: Some(KERNEL_FILE),
         initrd: Some(INITRD_FILE),
         disk: None,
-        append: APPEND,
+        append: APPEND.into(),
         kernel_release: kernel.release,
         packages: debs
             .into_iter()
@@ -93,6 +93,7 @@ pub(crate) fn build(
             .collect(),
         recipe: recipe(),
         pulled: None,
+        imported: None,
     })
 }
 

@@ -72,6 +72,13 @@ Examples:
   lodger run -d --name web -p 8080:80 nginx
   lodger run alpine ls -l /";
 
+const IMPORT_AFTER: &str = "\
+The file is copied; it may be changed or removed afterwards.
+
+Examples:
+  lodger image import debian-12-genericcloud-amd64.qcow2 --name cloud --size 20G
+  lodger run --user alice --ssh-key ~/.ssh/id_ed25519.pub --hostname web -p 2222:22 cloud";
+
 /// RAM of a machine for which nothing else is said, in bytes.
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
 
@@ -199,6 +206,9 @@ pub enum ImageCommand {
         #[arg(long, value_name = "SIZE", value_parser = parse_size)]
         size: Option<u64>,
     },
+    /// Make an image of a disk image, such as a distribution's cloud image, with the kernel that is on it
+    #[command(after_help = IMPORT_AFTER)]
+    Import(ImportArgs),
     /// Remove images from the cache
     #[command(alias = "rm")]
     Remove {
@@ -208,6 +218,46 @@ pub enum ImageCommand {
     },
     /// Remove what was fetched for images that are not there any more, or never became complete
     Prune,
+}
+
+/// `lodger image import`.
+#[derive(Debug, Args)]
+pub struct ImportArgs {
+    /// The disk image: raw or qcow2
+    pub file: PathBuf,
+    /// What to call it
+    #[arg(long)]
+    pub name: String,
+    /// The format of the file [default: what its first bytes tell]
+    #[arg(long, value_name = "FORMAT")]
+    pub format: Option<lodger_block::Format>,
+    /// The size of the disk, if it is to be larger
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub size: Option<u64>,
+    /// The kernel, if it is not to be that of the disk
+    #[arg(long, value_name = "FILE", requires = "initrd")]
+    pub kernel: Option<PathBuf>,
+    /// The initial RAM disk of that kernel
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+    /// The kernel command line, if it is not to be that of the disk
+    #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
+    pub append: Option<String>,
+}
+
+/// What a guest with cloud-init is told.
+#[derive(Debug, Args)]
+pub struct CloudArgs {
+    /// Attach a disk with these files for cloud-init (NoCloud)
+    #[arg(long, value_name = "USER-DATA[,META-DATA[,NETWORK-CONFIG]]", conflicts_with_all = ["user", "ssh_keys"])]
+    pub cloud_init: Option<String>,
+    /// Have cloud-init make this user, who may use sudo
+    #[arg(long, value_name = "NAME")]
+    pub user: Option<String>,
+    /// Have cloud-init let the SSH public keys of this file log in as that user, else as the
+    /// distribution's own (repeatable)
+    #[arg(long = "ssh-key", value_name = "FILE")]
+    pub ssh_keys: Vec<PathBuf>,
 }
 
 /// What a Debian image is to be like.
@@ -241,6 +291,8 @@ pub struct RunArgs {
     pub command: Vec<String>,
     #[command(flatten)]
     pub container: ContainerArgs,
+    #[command(flatten)]
+    pub cloud: CloudArgs,
     /// Boot this kernel instead of an image: bzImage, ELF (PVH or 64-bit entry) or multiboot 1
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
@@ -327,7 +379,7 @@ pub struct ContainerArgs {
     /// The program, in place of the image's entry point; empty: only the command counts
     #[arg(long, value_name = "PROGRAM")]
     pub entrypoint: Option<String>,
-    /// What the machine calls itself [default: the name of the machine]
+    /// What the machine calls itself, also with cloud-init [default: the name of the machine]
     #[arg(long, value_name = "NAME")]
     pub hostname: Option<lodger_store::Name>,
 }
@@ -592,6 +644,9 @@ mod tests {
             "image pull nginx --size 2G",
             "image rm nginx mini",
             "image prune",
+            "image import a.qcow2 --name a --size 20G --append x --kernel k --initrd i",
+            "run --cloud-init a,b,c --hostname h x",
+            "run --user me --ssh-key a --ssh-key b x",
             "image build",
             "image build debian:trixie --size 4G --package git --package gcc --user me --ssh-key k",
             "image remove mini",

@@ -1,16 +1,21 @@
 //! `lodger image`, the progress of a build, and the machines that a build runs.
 
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use lodger_block::{Convert, Format};
 use lodger_image::{
-    BuildOptions, Cache, Guest, GuestJob, ImageInfo, ImageState, Progress, PullOutcome,
+    BuildOptions, Cache, Guest, GuestJob, ImageInfo, ImageState, ImportOptions, MOST_SEED,
+    Progress, PullOutcome, Seed,
 };
 
-use crate::cli::{EngineChoice, ImageCommand, ImageOptions};
+use crate::cli::{CloudArgs, EngineChoice, ImageCommand, ImageOptions, ImportArgs};
 use crate::messages;
 use crate::status::Error;
 
@@ -31,6 +36,7 @@ pub fn serve(command: &ImageCommand, quiet: bool) -> Result<ExitCode, Error> {
             }
         }
         ImageCommand::Pull { reference, size } => pull(&cache, reference, *size, quiet)?,
+        ImageCommand::Import(args) => import(&cache, args, quiet)?,
         ImageCommand::Remove { images } => {
             for image in images {
                 let removed = cache.remove(image)?;
@@ -78,9 +84,94 @@ fn pull(cache: &Cache, reference: &str, size: Option<u64>, quiet: bool) -> Resul
     Ok(())
 }
 
+fn import(cache: &Cache, args: &ImportArgs, quiet: bool) -> Result<(), Error> {
+    let mut bar = Bar::new(quiet);
+    let options = ImportOptions {
+        kernel: args.kernel.clone(),
+        initrd: args.initrd.clone(),
+        append: args.append.clone(),
+        size: args.size,
+    };
+    let mut problem = None;
+    let mut fill = |to: &Path| {
+        let job = Convert {
+            from: &args.file,
+            from_format: args.format,
+            to,
+            format: Format::Raw,
+        };
+        lodger_block::convert(&job, &mut |_, _| ControlFlow::Continue(())).map_err(|error| {
+            problem = Some(error);
+            io::Error::other("it cannot be read")
+        })
+    };
+    let done = cache.import(&args.name, &args.file, &options, &mut bar, &mut fill);
+    bar.finish();
+    if let Some(problem) = problem {
+        return Err(problem.into());
+    }
+    done?;
+    if !quiet {
+        messages::say(format_args!(
+            "imported {} as {}",
+            args.file.display(),
+            args.name
+        ));
+    }
+    Ok(())
+}
+
+/// What a guest is to be told by cloud-init, if anything.
+pub fn seed(cloud: &CloudArgs, hostname: Option<&str>) -> Result<Option<Seed>, Error> {
+    let read = |path: &str| {
+        let file = |error: io::Error| Error::File {
+            path: path.into(),
+            what: error.to_string(),
+        };
+        let mut data = Vec::new();
+        let opened = File::open(path).map_err(file)?;
+        opened
+            .take(MOST_SEED + 1)
+            .read_to_end(&mut data)
+            .map_err(file)?;
+        Ok::<_, Error>(data)
+    };
+    let mut seed = Seed::default();
+    let mut meta_data = None;
+    if let Some(files) = &cloud.cloud_init {
+        let files: Vec<&str> = files.split(',').collect();
+        let (&[user_data] | &[user_data, _] | &[user_data, _, _]) = &files[..] else {
+            let text = "--cloud-init: at most three files: USER-DATA,META-DATA,NETWORK-CONFIG";
+            return Err(Error::Usage(text.into()));
+        };
+        seed.user_data = read(user_data)?;
+        // One in between may be left out.
+        let other = |index: usize| files.get(index).filter(|path| !path.is_empty());
+        meta_data = other(1).map(|path| read(path)).transpose()?;
+        seed.network_config = other(2).map(|path| read(path)).transpose()?;
+    } else if cloud.user.is_some() || !cloud.ssh_keys.is_empty() {
+        let keys = public_keys(&cloud.ssh_keys)?;
+        seed.user_data = Seed::user_data(cloud.user.as_deref(), &keys);
+    } else {
+        return Ok(None);
+    }
+    seed.meta_data = meta_data.unwrap_or_else(|| Seed::meta_data(hostname, &seed.user_data));
+    Ok(Some(seed))
+}
+
 fn build_options(options: &ImageOptions) -> Result<BuildOptions, Error> {
+    Ok(BuildOptions {
+        size: options.size,
+        packages: options.packages.clone(),
+        user: options.user.clone(),
+        ssh_keys: public_keys(&options.ssh_keys)?,
+    })
+}
+
+/// The keys in files of them.
+fn public_keys(files: &[PathBuf]) -> Result<Vec<String>, Error> {
     let mut ssh_keys = Vec::new();
-    for path in &options.ssh_keys {
+    for path in files {
         let text = std::fs::read_to_string(path)
             .map_err(|error| Error::Usage(format!("--ssh-key {}: {error}", path.display())))?;
         let keys = text.lines().map(str::trim);
@@ -95,12 +186,7 @@ fn build_options(options: &ImageOptions) -> Result<BuildOptions, Error> {
         }
         ssh_keys.extend(keys.into_iter().map(str::to_owned));
     }
-    Ok(BuildOptions {
-        size: options.size,
-        packages: options.packages.clone(),
-        user: options.user.clone(),
-        ssh_keys,
-    })
+    Ok(ssh_keys)
 }
 
 /// A line of `authorized_keys`, see sshd(8): perhaps options, then the type of the key and the key.

@@ -2,11 +2,12 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use lodger_block::Format;
 use lodger_board::{BootSpec, MachineSpec, VirtioSpec};
-use lodger_image::{Cache, Container, Image, Process};
+use lodger_image::{Cache, Container, Image, Process, Seed};
 use lodger_net::UserNetSpec;
 use lodger_store::Claim;
 use lodger_vcpu::Engine;
@@ -143,8 +144,67 @@ fn append(args: &RunArgs) -> String {
 }
 
 /// Adds what to boot, and the root disk of an image that has one. `dir` is the directory of a VM that is kept. The answer is
-/// a file without a name, if there is one that the machine needs.
+/// files without a name that the machine needs.
 pub fn add_image(
+    spec: &mut VmSpec,
+    args: &RunArgs,
+    dir: Option<&Path>,
+    quiet: bool,
+) -> Result<Vec<File>, Error> {
+    let hostname = args
+        .container
+        .hostname
+        .as_ref()
+        .or(args.keeping.name.as_ref());
+    let hostname = hostname.map(ToString::to_string);
+    let seed = images::seed(&args.cloud, hostname.as_deref())?;
+    let mut files: Vec<File> = boot_image(spec, args, dir, quiet)?.into_iter().collect();
+    if let Some(seed) = seed {
+        files.push(add_seed(&seed, spec, dir)?);
+    }
+    Ok(files)
+}
+
+/// Adds a disk for cloud-init behind all others.
+fn add_seed(seed: &Seed, spec: &mut VmSpec, dir: Option<&Path>) -> Result<File, Error> {
+    const NAME: &str = "seed.img";
+    let (mut file, path) = new_file(NAME, dir)?;
+    seed.write(&mut file).map_err(|error| Error::File {
+        path: path.clone(),
+        what: error.to_string(),
+    })?;
+    spec.machine.virtio.disks.push(BlkSpec {
+        format: Some(Format::Raw),
+        ..BlkSpec::new(&path, true)
+    });
+    Ok(file)
+}
+
+/// A new file in the directory of a VM that is kept, or one in memory, and its name in a spec.
+fn new_file(name: &str, dir: Option<&Path>) -> Result<(File, PathBuf), Error> {
+    let made = match dir {
+        Some(dir) => File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(dir.join(name))
+            .map(|file| (file, PathBuf::from(name))),
+        None => memfd_create(name, MemfdFlags::CLOEXEC)
+            .map(|file| {
+                let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+                (file.into(), path.into())
+            })
+            .map_err(Into::into),
+    };
+    made.map_err(|error| Error::File {
+        path: dir.map_or(name.into(), |dir| dir.join(name)),
+        what: error.to_string(),
+    })
+}
+
+/// Adds what to boot; see [`add_image`].
+fn boot_image(
     spec: &mut VmSpec,
     args: &RunArgs,
     dir: Option<&Path>,
@@ -172,11 +232,20 @@ pub fn add_image(
             machine.debug_exit = true;
             container_initrd(&container, &process, machine, dir)
         }
-        None if process == Process::default() => Ok(None),
-        None => Err(Error::Usage(format!(
-            "a command, --env, --workdir, --entrypoint and --hostname are for images from a registry, which {} is not",
-            boots(args)
-        ))),
+        None => {
+            let told = args.cloud.cloud_init.is_some()
+                || args.cloud.user.is_some()
+                || !args.cloud.ssh_keys.is_empty();
+            process.hostname = process.hostname.filter(|_| !told);
+            match process == Process::default() {
+                true => Ok(None),
+                false => Err(Error::Usage(format!(
+                    "a command, --env, --workdir, --entrypoint and --hostname are for images from a registry, which {} is not; \
+                     --hostname also goes with --cloud-init, --user and --ssh-key",
+                    boots(args)
+                ))),
+            }
+        }
     }
 }
 
@@ -209,36 +278,16 @@ fn container_initrd(
     machine: &mut MachineSpec,
     dir: Option<&Path>,
 ) -> Result<Option<File>, Error> {
-    const NAME: &str = "container.cpio";
-    let initrd = machine.boot.initrd.take().unwrap_or_default();
-    let cannot = |path: &Path| {
-        let path = path.to_owned();
-        move |error: std::io::Error| Error::File {
-            path,
-            what: error.to_string(),
-        }
-    };
     if container.command_line(process).is_empty() {
         let text = "the image has no command of its own: say what it is to run, behind its name";
         return Err(Error::Usage(text.into()));
     }
-    match dir {
-        Some(dir) => {
-            let path = dir.join(NAME);
-            let mut file = File::create(&path).map_err(cannot(&path))?;
-            container.write_initrd(process, &dir.join(initrd), &mut file)?;
-            machine.boot.initrd = Some(NAME.into());
-            Ok(None)
-        }
-        None => {
-            let file = memfd_create(NAME, MemfdFlags::CLOEXEC);
-            let mut file = File::from(file.map_err(|error| cannot(&initrd)(error.into()))?);
-            container.write_initrd(process, &initrd, &mut file)?;
-            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-            machine.boot.initrd = Some(path.into());
-            Ok(Some(file))
-        }
-    }
+    let base = machine.boot.initrd.take().unwrap_or_default();
+    let base = dir.map_or(base.clone(), |dir| dir.join(base));
+    let (mut file, path) = new_file("container.cpio", dir)?;
+    container.write_initrd(process, &base, &mut file)?;
+    machine.boot.initrd = Some(path);
+    Ok(Some(file))
 }
 
 /// What of this terminal's size the guest can be told at its start.

@@ -32,12 +32,15 @@ for device in /sys/bus/pci/devices/*; do
 	0x1003 | 0x1043) drivers="$drivers virtio_console" ;;
 	0x1005 | 0x1044) drivers="$drivers virtio_rng" ;;
 	0x1053) drivers="$drivers vmw_vsock_virtio_transport" ;;
+	0x1002 | 0x1045) later=virtio_balloon ;;
+	0x105a) drivers="$drivers virtiofs" ;;
 	esac
 done
 modprobe -a virtio_pci virtio_blk ext4 $drivers
 
-# The power button, by which the host asks for an end. Nobody waits for it.
-(modprobe -a button evdev && acpid -c /lodger/acpi -l /dev/null -p /run/acpid.pid) >/dev/null 2>&1 &
+# The power button, by which the host asks for an end, and the balloon, by which it
+# asks for memory. Nobody waits for them.
+(modprobe -a button evdev $later && acpid -c /lodger/acpi -l /dev/null -p /run/acpid.pid) >/dev/null 2>&1 &
 
 hostname "$hostname"
 ifconfig lo 127.0.0.1
@@ -88,6 +91,16 @@ esac
 read -r cmdline </proc/cmdline
 for word in $cmdline; do
 	case $word in
+	lodger.share=*)
+		tag=${word#lodger.share=}
+		dir=${tag#*:}
+		options=rw
+		case $dir in
+		*:ro) dir=${dir%:ro} options=ro ;;
+		esac
+		mkdir -p "/mnt/$dir"
+		mount -t virtiofs -o $options "${tag%%:*}" "/mnt/$dir"
+		;;
 	lodger.size=*)
 		size=${word#lodger.size=}
 		stty rows "${size%x*}" cols "${size#*x}"

@@ -262,7 +262,7 @@ impl Pull<'_> {
             .collect();
         Ok(Contents {
             disk: Some(DISK_FILE),
-            append: APPEND,
+            append: APPEND.into(),
             pulled: Some(Pulled {
                 reference: reference.to_string(),
                 digest,

@@ -148,3 +148,20 @@ fn a_shell_reads_standard_input() {
     let finished = run.finish().expect(0);
     assert_eq!(finished.stderr, "");
 }
+
+#[test]
+fn the_same_packages_make_the_same_image() {
+    let files = |home: &tempfile::TempDir, umask: &str| {
+        let build = "umask \"$1\"; exec \"$2\" --quiet image build mini";
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", build, "sh", umask, env!("CARGO_BIN_EXE_lodger")]);
+        command.env("XDG_CACHE_HOME", home.path()).env("TZ", umask);
+        assert!(command.status().expect("a shell").success());
+        let dir = home.path().join("lodger/images/mini");
+        ["image.json", "initrd.cpio", "vmlinuz"]
+            .map(|name| std::fs::read(dir.join(name)).expect("a file"))
+    };
+    let folder = || tempfile::tempdir().expect("a folder");
+    let (one, other) = (files(&folder(), "022"), files(&folder(), "077"));
+    assert!(one == other);
+}

@@ -6,6 +6,7 @@ mod cli;
 mod disk;
 mod durability;
 mod guest;
+mod import;
 mod memory;
 mod network;
 mod process;
