@@ -323,6 +323,25 @@ impl Cache {
         Ok(image(&dir, &manifest, None))
     }
 
+    /// Everything that is known of an image, as JSON: its manifest, and where it is. `None` if it has not been built.
+    pub fn inspect(&self, name: &str) -> Result<Option<serde_json::Value>> {
+        let dir = self.image_dir(name)?;
+        let manifest = read_manifest(&dir).map_err(|reason| self.damaged(name, reason))?;
+        let Some(manifest) = manifest else {
+            return match Recipe::find(name) {
+                Some(_) => Ok(None),
+                None => Err(self.unknown(name)),
+            };
+        };
+        let mut value = serde_json::to_value(&manifest)
+            .map_err(io::Error::from)
+            .while_trying("describe", &dir)?;
+        value["name"] = name.into();
+        value["directory"] = dir.to_string_lossy().into();
+        value["takes"] = manifest.size(&dir).into();
+        Ok(Some(value))
+    }
+
     /// Removes an image, what had to be fetched for it alone, and what an interrupted build may have left. `false` if
     /// the image was not there.
     pub fn remove(&self, name: &str) -> Result<bool> {

@@ -209,6 +209,12 @@ pub enum ImageCommand {
     /// Make an image of a disk image, such as a distribution's cloud image, with the kernel that is on it
     #[command(after_help = IMPORT_AFTER)]
     Import(ImportArgs),
+    /// Tell everything about images, as JSON
+    Inspect {
+        /// The images
+        #[arg(required = true, value_name = "IMAGE")]
+        images: Vec<String>,
+    },
     /// Remove images from the cache
     #[command(alias = "rm")]
     Remove {
@@ -644,6 +650,7 @@ mod tests {
             "image pull nginx --size 2G",
             "image rm nginx mini",
             "image prune",
+            "image inspect mini nginx",
             "image import a.qcow2 --name a --size 20G --append x --kernel k --initrd i",
             "run --cloud-init a,b,c --hostname h x",
             "run --user me --ssh-key a --ssh-key b x",

@@ -37,6 +37,16 @@ pub fn serve(command: &ImageCommand, quiet: bool) -> Result<ExitCode, Error> {
         }
         ImageCommand::Pull { reference, size } => pull(&cache, reference, *size, quiet)?,
         ImageCommand::Import(args) => import(&cache, args, quiet)?,
+        ImageCommand::Inspect { images } => {
+            let mut all = Vec::new();
+            for image in images {
+                all.push(cache.inspect(image)?.ok_or_else(|| Error::Named {
+                    name: image.clone(),
+                    what: "not built; `lodger run` does it".into(),
+                })?);
+            }
+            messages::answer(format_args!("{:#}\n", serde_json::Value::from(all)))?;
+        }
         ImageCommand::Remove { images } => {
             for image in images {
                 let removed = cache.remove(image)?;

@@ -39,7 +39,10 @@ impl Layers {
         };
         let mut new = Vec::new();
         let mut gone = Vec::new();
-        archive::read(&mut archive, store, |path, node| {
+        archive::read(&mut archive, store, |path, mut node| {
+            // Others are notes of the file system that the image was built on.
+            (node.xattrs)
+                .retain(|name, _| name.starts_with("user.") || name.starts_with("security."));
             if path.len() > MOST_PATH || new.len() == MOST_FILES {
                 return Err(invalid("too long a name, or too many files".into()));
             }

@@ -322,6 +322,11 @@ fn is_local(host: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::net::TcpListener;
+    use std::sync::mpsc::{Receiver, channel};
+    use std::thread;
+
     use super::*;
 
     #[test]
@@ -354,6 +359,103 @@ mod tests {
         ] {
             assert_eq!(Challenge::parse(header), expected, "{header}");
         }
+    }
+
+    /// Answers requests as `answer` says, from the request's head and body; what it was asked.
+    fn serve(answer: impl Fn(&str) -> String + Send + 'static) -> (String, Receiver<String>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let (send, asked) = channel();
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = BufReader::new(stream.unwrap());
+                let (mut request, mut len) = (String::new(), 0);
+                while !request.ends_with("\r\n\r\n") && stream.read_line(&mut request).unwrap() > 0
+                {
+                    let line = request
+                        .lines()
+                        .next_back()
+                        .unwrap_or_default()
+                        .to_lowercase();
+                    if let Some(n) = line.strip_prefix("content-length: ") {
+                        len = n.parse().unwrap();
+                    }
+                }
+                let mut body = vec![0; len];
+                stream.read_exact(&mut body).unwrap();
+                request += &String::from_utf8(body).unwrap();
+                let answer = format!("HTTP/1.1 {}", answer(&request));
+                stream.into_inner().write_all(answer.as_bytes()).unwrap();
+                if send.send(request).is_err() {
+                    break;
+                }
+            }
+        });
+        (address, asked)
+    }
+
+    fn http(status: &str, header: &str, body: &str) -> String {
+        let len = body.len();
+        format!("{status}\r\nConnection: close\r\n{header}Content-Length: {len}\r\n\r\n{body}")
+    }
+
+    /// A registry that takes the token `T`, which its other half gives; and what both were asked.
+    fn with_token(login: Option<Login>) -> (Result<Vec<u8>, String>, Vec<String>) {
+        let (tokens, token_asked) = serve(|_| http("200 OK", "", r#"{"access_token": "T"}"#));
+        let (address, asked) = serve(move |request| {
+            match request
+                .to_lowercase()
+                .contains("authorization: bearer t\r\n")
+            {
+                true => http("200 OK", "", "manifest"),
+                false => {
+                    let challenge = format!(
+                        "WWW-Authenticate: Bearer realm=\"http://{tokens}/token\",service=\"s\",scope=\"repository:a/b:pull\"\r\n"
+                    );
+                    http("401 Unauthorized", &challenge, "")
+                }
+            }
+        });
+        let reference = format!("{address}/a/b").parse().unwrap();
+        let manifest = Registry::new(&reference, login).manifest("latest");
+        (
+            manifest,
+            asked.try_iter().chain(token_asked.try_iter()).collect(),
+        )
+    }
+
+    #[test]
+    fn tokens_are_fetched_and_shown() {
+        let password = Login::Password {
+            user: "me".into(),
+            password: "secret".into(),
+        };
+        for (login, method, part) in [
+            (None, "GET /token?", "scope=repository"),
+            (Some(password), "GET /token?", "Basic bWU6c2VjcmV0"),
+            (
+                Some(Login::Token("R".into())),
+                "POST /token",
+                "refresh_token=R",
+            ),
+        ] {
+            let (manifest, asked) = with_token(login);
+            assert_eq!(manifest.as_deref(), Ok(&b"manifest"[..]));
+            let asked = asked.concat();
+            assert!(asked.contains(method) && asked.contains(part), "{asked}");
+            assert!(asked.contains("GET /v2/a/b/manifests/latest"), "{asked}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_is_told_without_control_characters() {
+        let (address, _asked) = serve(|_| {
+            let body = "{\"errors\": [{\"code\": \"X\", \"message\": \"no\\u001b[2J way\"}]}";
+            http("403 Forbidden", "", body)
+        });
+        let reference = format!("{address}/a/b").parse().unwrap();
+        let problem = Registry::new(&reference, None).manifest("1").unwrap_err();
+        assert!(problem.contains("(no [2J way)"), "{problem:?}");
     }
 
     #[test]

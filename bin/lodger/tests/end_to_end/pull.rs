@@ -111,6 +111,9 @@ fn an_image_runs_as_its_configuration_says() {
     assert!(again.stderr.contains("here already"), "{}", again.stderr);
     let list = home.lodger(&["image", "ls"]).expect(0).text();
     assert!(list.contains(&format!("{name}:latest")), "{list}");
+    let seen = home.lodger(&["image", "inspect", &name]).expect(0).text();
+    let seen: Value = serde_json::from_str(&seen).expect("JSON");
+    assert_eq!(seen[0]["pulled"]["container"]["directory"], "/srv/new/dir");
 
     let run = home.lodger(&["run", &name]).expect(7);
     let expected = "101\n102\n/srv/new/dir\nit's \"quoted\" $HOME\n/srv/web\nlodger\ndrwxr-xr-x\nnameserver 10.0.2.3\n";
@@ -162,6 +165,27 @@ fn an_image_runs_as_its_configuration_says() {
     assert_eq!(home.names("blobs/sha256"), [""; 0]);
     let gone = home.lodger(&["run", &name]).expect(2);
     assert!(gone.stderr.contains("image pull"), "{}", gone.stderr);
+}
+
+#[test]
+fn an_init_has_the_machine_to_itself() {
+    let registry = Registry::start();
+    let home = Home::new().with_kernel();
+    let base = busybox(&registry, "system");
+    let table = "::sysinit:/bin/sh -c \"head -c 4 /proc/1/cmdline; echo; ls -1 /\"\n::once:/sbin/poweroff\n";
+    let system = Archive::new()
+        .link(EntryType::Symlink, "sbin/init", "/bin/busybox")
+        .link(EntryType::Symlink, "sbin/poweroff", "/bin/busybox")
+        .file("etc/inittab", 0o644, 0, table.as_bytes())
+        .finish();
+    let system = registry.push_layer("system", &system, Compression::Gzip);
+    let config = json!({"Cmd": ["/sbin/init"]});
+    registry.push("system", "latest", &[&base, &system], config, "amd64");
+    let name = registry.name("system");
+    home.lodger(&["image", "pull", &name]).expect(0);
+    let run = home.lodger(&["run", "-q", &name]).expect(0).text();
+    let expected = "init\nbin\ndev\netc\nlost+found\nproc\nsbin\nsys\n";
+    assert!(run.starts_with(expected), "{run:?}");
 }
 
 #[test]
