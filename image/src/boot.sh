@@ -29,20 +29,9 @@ while [ ! -b /dev/vda ] && [ $tries -gt 0 ]; do
 	tries=$((tries - 1))
 done
 if busybox mount -t ext4 /dev/vda /root; then
-	for word in $cmdline; do
-		case $word in
-		lodger.share=*)
-			tag=${word#lodger.share=}
-			dir=${tag#*:}
-			options=rw
-			case $dir in
-			*:ro) dir=${dir%:ro} options=ro ;;
-			esac
-			busybox mkdir -p "/root$dir"
-			busybox mount -t virtiofs -o $options "${tag%%:*}" "/root$dir"
-			;;
-		esac
-	done
+	case $cmdline in
+	*lodger.share=*) mount-shares /root ;;
+	esac
 	for dir in dev proc sys; do
 		busybox mount -o move /$dir /root/$dir
 	done

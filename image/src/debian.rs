@@ -27,6 +27,7 @@ use crate::ext4;
 use crate::guest::{Guest, GuestJob};
 use crate::kernel::{self, BUSYBOX_PACKAGE, Kernel};
 use crate::manifest::Contents;
+use crate::mini::MOUNT_SHARES;
 use crate::progress::Progress;
 use crate::settings;
 use crate::tree::{Content, Kind, Node, Store, Tree};
@@ -297,6 +298,7 @@ fn initrd(kernel: &Kernel, busybox: Vec<u8>) -> Result<Tree> {
     tree.file("bin/busybox", 0o755, busybox);
     tree.symlink("bin/sh", "busybox");
     tree.file("init", 0o755, BOOT.into());
+    tree.file("bin/mount-shares", 0o755, MOUNT_SHARES.into());
     let mut order = String::new();
     for module in kernel.modules.closure(MODULES)? {
         let name = module.path.rsplit('/').next().unwrap_or(&module.path);

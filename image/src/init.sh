@@ -64,22 +64,7 @@ esac
 
 read -r cmdline </proc/cmdline
 case $drivers in
-*virtiofs*)
-	for word in $cmdline; do
-		case $word in
-		lodger.share=*)
-			tag=${word#lodger.share=}
-			dir=${tag#*:}
-			options=rw
-			case $dir in
-			*:ro) dir=${dir%:ro} options=ro ;;
-			esac
-			mkdir -p "$dir"
-			mount -t virtiofs -o $options "${tag%%:*}" "$dir"
-			;;
-		esac
-	done
-	;;
+*virtiofs*) mount-shares '' ;;
 esac
 
 case $cmdline in

@@ -22,7 +22,7 @@ use crate::oci::Pulled;
 pub(crate) const FILE: &str = "image.json";
 
 /// The version of the format below, and of what images hold beside their packages. A reader takes no other.
-const FORMAT: u32 = 3;
+const FORMAT: u32 = 4;
 
 /// The parts of one image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -305,7 +305,7 @@ mod tests {
     fn damage_to_the_manifest_is_seen() {
         for (from, to, expected) in [
             ("{", "", "image.json: "),
-            ("\"format\": 3", "\"format\": 1", "format 1"),
+            ("\"format\": 4", "\"format\": 1", "format 1"),
             ("\"vmlinuz\"", "\"../vmlinuz\"", "outside"),
             ("\"vmlinuz\"", "\"/etc/passwd\"", "outside"),
             ("\"file\": \"initrd\"", "\"file\": \"..\"", "outside"),

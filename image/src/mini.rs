@@ -49,6 +49,8 @@ const APPEND: &str = "console=ttyS0 quiet cryptomgr.notests";
 const INIT: &str = include_str!("init.sh");
 /// Called by busybox's DHCP client.
 const UDHCPC: &str = include_str!("udhcpc.sh");
+/// Also for images with a root disk.
+pub(crate) const MOUNT_SHARES: &str = include_str!("mount-shares.sh");
 const POWER: &str = include_str!("power.sh");
 const PROFILE: &str = "PS1='mini:\\w# '\n";
 
@@ -133,6 +135,7 @@ fn initrd(kernel: &Kernel, busybox: Vec<u8>) -> Result<Tree> {
 
     agent::add(&mut tree);
     tree.file("init", 0o755, INIT.into());
+    tree.file("bin/mount-shares", 0o755, MOUNT_SHARES.into());
     tree.file("etc/udhcpc/default.script", 0o755, UDHCPC.into());
     // Named by the event and its value.
     tree.file("etc/acpi/PWRF/00000080", 0o755, POWER.into());
@@ -167,7 +170,7 @@ mod tests {
 
     #[test]
     fn scripts_are_shell_scripts() {
-        for script in [INIT, UDHCPC, POWER] {
+        for script in [INIT, UDHCPC, POWER, MOUNT_SHARES] {
             let mut shell = Command::new("sh")
                 .arg("-n")
                 .stdin(Stdio::piped())

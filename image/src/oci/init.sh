@@ -24,6 +24,7 @@ fail() {
 
 # Drivers for the virtio devices that are there, by PCI ID (virtio 1.2, 4.1.2).
 drivers=
+later=
 for device in /sys/bus/pci/devices/*; do
 	read -r vendor <"$device/vendor" && [ "$vendor" = 0x1af4 ] || continue
 	read -r id <"$device/device"
@@ -81,6 +82,9 @@ cat >/mnt/etc/hosts <<END
 127.0.1.1 $hostname
 ::1 localhost ip6-localhost ip6-loopback
 END
+case $drivers in
+*virtiofs*) mount-shares /mnt ;;
+esac
 [ -d "/mnt$directory" ] || mkdir -p "/mnt$directory"
 
 # Serves the host's commands and copies.
@@ -91,16 +95,6 @@ esac
 read -r cmdline </proc/cmdline
 for word in $cmdline; do
 	case $word in
-	lodger.share=*)
-		tag=${word#lodger.share=}
-		dir=${tag#*:}
-		options=rw
-		case $dir in
-		*:ro) dir=${dir%:ro} options=ro ;;
-		esac
-		mkdir -p "/mnt/$dir"
-		mount -t virtiofs -o $options "${tag%%:*}" "/mnt/$dir"
-		;;
 	lodger.size=*)
 		size=${word#lodger.size=}
 		stty rows "${size%x*}" cols "${size#*x}"

@@ -120,7 +120,10 @@ fn an_image_runs_as_its_configuration_says() {
     assert_eq!(run.text(), expected);
 
     // A command of one's own, with a system that ends by itself.
-    let script = "echo $A $GREETING; pwd; hostname; kill -9 $$";
+    let shared = tempfile::tempdir().expect("a folder");
+    std::fs::write(shared.path().join("file"), "shared\n").expect("a file");
+    let share = format!("{}:/new/place:ro", shared.path().display());
+    let script = "echo $A $GREETING; pwd; hostname; cat /new/place/file; kill -9 $$";
     let run = home.lodger(&[
         "run",
         "-q",
@@ -132,6 +135,8 @@ fn an_image_runs_as_its_configuration_says() {
         "/tmp",
         "--hostname",
         "box",
+        "--share",
+        &share,
         "--entrypoint",
         "/bin/sh",
         &name,
@@ -140,7 +145,7 @@ fn an_image_runs_as_its_configuration_says() {
         script,
     ]);
     let run = run.expect(137).text();
-    assert!(run.starts_with("b hi\n/tmp\nbox\n"), "{run}");
+    assert!(run.starts_with("b hi\n/tmp\nbox\nshared\n"), "{run}");
     let run = home.lodger(&["run", "-q", "--entrypoint", "/no/such", &name]);
     assert!(run.expect(127).text().contains("/no/such"));
 

@@ -94,7 +94,7 @@ impl Home {
             json!({"file": file, "size": size, "sha256": ""})
         };
         let manifest = json!({
-            "format": 3, "append": "", "kernel_release": "", "packages": {},
+            "format": 4, "append": "", "kernel_release": "", "packages": {},
             "kernel": part("vmlinuz"), "initrd": part("initrd.cpio"), "disk": part("root.img"),
         });
         std::fs::write(dir.join("image.json"), manifest.to_string()).expect("a manifest");
