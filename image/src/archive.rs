@@ -3,13 +3,17 @@
 //! Formats: POSIX.1-2008, pax (extended attributes as `SCHILY.xattr.NAME`, which GNU
 //! tar writes), GNU. Limits: no sockets.
 
+use std::cell::Cell;
 use std::io::{self, Read};
+use std::rc::Rc;
 
 use tar::{Archive, Entry, EntryType};
 
 use crate::tree::{Kind, Node, Store};
 
 const XATTR: &str = "SCHILY.xattr.";
+/// Bytes of the headers of one file.
+const MOST_HEADERS: u64 = 1 << 20;
 
 /// Passes the files of an archive to `take`, with their paths as they are there but
 /// for `./` before and `/` after them. Contents go to `store`.
@@ -18,7 +22,18 @@ pub(crate) fn read<R: Read>(
     store: &mut Store,
     mut take: impl FnMut(&str, Node) -> io::Result<()>,
 ) -> io::Result<()> {
-    for entry in Archive::new(input).entries()? {
+    let left = Rc::new(Cell::new(None));
+    let mut archive = Archive::new(Limited {
+        input,
+        left: Rc::clone(&left),
+    });
+    let mut entries = archive.entries()?;
+    loop {
+        left.set(Some(MOST_HEADERS));
+        let Some(entry) = entries.next() else {
+            return Ok(());
+        };
+        left.set(None);
         let mut entry = entry?;
         // A comment on the whole archive.
         if entry.header().entry_type() == EntryType::XGlobalHeader {
@@ -30,7 +45,25 @@ pub(crate) fn read<R: Read>(
             .map_err(|error| io::Error::new(error.kind(), format!("{path}: {error}")))?;
         take(path.trim_end_matches('/'), node)?;
     }
-    Ok(())
+}
+
+/// What is read of an archive. Headers, which are kept in memory, come to an end.
+struct Limited<R> {
+    input: R,
+    /// Bytes that may still come before the contents of a file; `None`: these are contents.
+    left: Rc<Cell<Option<u64>>>,
+}
+
+impl<R: Read> Read for Limited<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.input.read(buffer)?;
+        if let Some(left) = self.left.get() {
+            let left = left.checked_sub(n as u64);
+            self.left
+                .set(Some(left.ok_or_else(|| invalid("headers without an end"))?));
+        }
+        Ok(n)
+    }
 }
 
 fn node<R: Read>(entry: &mut Entry<R>, store: &mut Store) -> io::Result<Node> {
@@ -91,6 +124,27 @@ mod tests {
 
     use super::*;
     use crate::tree::Tree;
+
+    #[test]
+    fn headers_come_to_an_end() {
+        for kind in [
+            EntryType::XHeader,
+            EntryType::GNULongName,
+            EntryType::Directory,
+        ] {
+            let mut header = tar::Header::new_ustar();
+            header.set_entry_type(kind);
+            header.set_size(1 << 40);
+            header.set_cksum();
+            let endless = header.as_bytes().chain(io::repeat(b'1'));
+            let dir = tempfile::tempdir().unwrap();
+            let mut store = Store::create(&dir.path().join("store")).unwrap();
+            assert!(
+                read(endless, &mut store, |_, _| Ok(())).is_err(),
+                "{kind:?}"
+            );
+        }
+    }
 
     #[test]
     fn what_gnu_tar_writes() {

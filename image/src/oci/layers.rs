@@ -20,6 +20,8 @@ const INTERNAL: &str = ".wh..wh.";
 
 /// Files that an image may have.
 const MOST_FILES: usize = 4_000_000;
+/// Bytes of a file's extended attributes; there is less room for them on the disk.
+const MOST_XATTRS: usize = 4096;
 /// Bytes of a path, as for Linux.
 const MOST_PATH: usize = 4096;
 
@@ -43,8 +45,19 @@ impl Layers {
             // Others are notes of the file system that the image was built on.
             (node.xattrs)
                 .retain(|name, _| name.starts_with("user.") || name.starts_with("security."));
-            if path.len() > MOST_PATH || new.len() == MOST_FILES {
+            let link = match &node.kind {
+                Kind::Symlink(target) | Kind::HardLink(target) => target.len(),
+                _ => 0,
+            };
+            if path.len().max(link) > MOST_PATH || new.len() == MOST_FILES {
                 return Err(invalid("too long a name, or too many files".into()));
+            }
+            let xattrs = node
+                .xattrs
+                .iter()
+                .map(|(name, value)| name.len() + value.len());
+            if xattrs.sum::<usize>() > MOST_XATTRS {
+                return Err(invalid(format!("{path}: too many extended attributes")));
             }
             let (dir, name) = path.rsplit_once('/').unwrap_or(("", path));
             match name.strip_prefix(WHITEOUT) {
