@@ -4,15 +4,16 @@
 //! which either side leaves checksums and the cutting of large TCP segments to the other: that is where the speed is.
 //!
 //! [`UserNet`] is a network of one card with a gateway to the host's sockets; it needs no privileges. [`TapNet`] is an interface of the
-//! host's, which somebody with privileges has made.
+//! host's, which somebody with privileges has made. [`SwitchNet`] connects the cards of several processes.
 //!
 //! Threads: `send`, `flush` and `room` are called on the card's threads, one at a time or several; the backend offers frames to
 //! the card on any thread, also inside of these calls. The card must not hold a lock then that it takes when a frame is
 //! offered.
-//!
-//! Limits: no switches between cards yet.
 
+mod cut;
 mod header;
+mod inlet;
+mod switch;
 mod tap;
 mod user;
 
@@ -21,6 +22,7 @@ use std::sync::Weak;
 use lodger_clock::InputPort;
 
 pub use header::{Gso, HEADER_LEN, PacketHeader};
+pub use switch::{SwitchNet, SwitchSpec};
 pub use tap::TapNet;
 pub use user::{Forward, ForwardError, NetError, Protocol, UserNet, UserNetSpec, addresses};
 

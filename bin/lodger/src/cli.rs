@@ -336,8 +336,9 @@ pub struct RunArgs {
     #[arg(long = "disk", value_name = "FILE[,OPTION...]")]
     pub disks: Vec<Disk>,
     /// The network: `user`: the guest reaches what the host reaches, and the host at 10.0.2.2, without
-    /// root; `isolated`: the guest reaches nobody, but its published ports can be reached; `tap=NAME`:
-    /// a TAP interface of the host's; or `none`
+    /// root; `isolated`: the guest reaches nobody, but its published ports can be reached; `switch=NAME`: as
+    /// `user`, and machines on the same switch reach each other, also by name; `tap=NAME`: a TAP
+    /// interface of the host's; or `none`
     #[arg(long, value_name = "NETWORK", default_value = "user")]
     pub net: NetChoice,
     /// Open a port of the host that leads to one of the guest; without ADDRESS on all of the
@@ -422,6 +423,8 @@ pub enum NetChoice {
     None,
     /// A TAP interface.
     Tap(String),
+    /// A switch.
+    Switch(lodger_store::Name),
 }
 
 impl FromStr for NetChoice {
@@ -433,7 +436,10 @@ impl FromStr for NetChoice {
             None if text == "isolated" => Ok(NetChoice::Isolated),
             None if text == "none" => Ok(NetChoice::None),
             Some(("tap", name)) if !name.is_empty() => Ok(NetChoice::Tap(name.into())),
-            _ => Err("networks are user, isolated, none and tap=NAME".into()),
+            Some(("switch", name)) => Ok(NetChoice::Switch(
+                name.parse().map_err(|error| format!("{error}"))?,
+            )),
+            _ => Err("networks are user, isolated, none, switch=NAME and tap=NAME".into()),
         }
     }
 }
@@ -639,6 +645,7 @@ mod tests {
             "run --vsock none",
             "run --vsock /run/vm.sock",
             "run --net tap=tap0",
+            "run --net switch=lan",
             "run --net isolated -p 80:80",
             "run -p 8080:80 --publish 127.0.0.1:5353:53/udp --net user",
             "run --share .:/srv --share /data:/data:ro",
@@ -689,6 +696,9 @@ mod tests {
             "run --cpus -1",
             "run --net tap",
             "run --net tap=",
+            "run --net switch",
+            "run --net switch=",
+            "run --net switch=../x",
             "run --vsock=",
             "run --net bridge=br0",
             "run -p 80",

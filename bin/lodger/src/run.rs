@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use lodger_block::Format;
 use lodger_board::{BootSpec, MachineSpec, VirtioSpec};
 use lodger_image::{Cache, Container, Image, Process, Seed};
-use lodger_net::UserNetSpec;
+use lodger_net::{SwitchSpec, UserNetSpec};
 use lodger_store::Claim;
 use lodger_vcpu::Engine;
 use lodger_virtio_devices::{BlkSpec, ConsoleSpec, NetSpec, NetworkSpec, VsockSpec};
@@ -62,9 +62,9 @@ pub fn run(args: &RunArgs, verbose: u8, quiet: bool) -> Result<ExitCode, Error> 
 
 /// What is run, without what comes from its image: that is made for arguments that are right only.
 pub fn vm_spec(args: &RunArgs) -> Result<VmSpec, Error> {
-    let own_network = matches!(args.net, NetChoice::User | NetChoice::Isolated);
+    let own_network = !matches!(args.net, NetChoice::None | NetChoice::Tap(_));
     if !own_network && !args.publish.is_empty() {
-        let text = "ports are published on networks that Lodger makes: --net user or isolated";
+        let text = "ports are published on networks that Lodger makes: --net user, isolated or switch=NAME";
         return Err(Error::Usage(text.into()));
     }
     let chosen = registry::choose(args.engine)?;
@@ -116,7 +116,7 @@ fn machine_spec(args: &RunArgs, engine: &dyn Engine) -> Result<MachineSpec, Erro
                 columns: 0,
                 rows: 0,
             }),
-            nets: nets(args),
+            nets: nets(args)?,
             vsock: match &args.vsock {
                 Some(VsockChoice::At(path)) => Some(VsockSpec::new(path)),
                 Some(VsockChoice::None) | None => None,
@@ -304,17 +304,24 @@ fn tell_size(spec: &mut VmSpec) {
     }
 }
 
-fn nets(args: &RunArgs) -> Vec<NetSpec> {
+fn nets(args: &RunArgs) -> Result<Vec<NetSpec>, Error> {
+    let user = UserNetSpec {
+        publish: args.publish.clone(),
+        isolated: args.net == NetChoice::Isolated,
+        ..UserNetSpec::default()
+    };
     let network = match &args.net {
-        NetChoice::None => return Vec::new(),
+        NetChoice::None => return Ok(Vec::new()),
         NetChoice::Tap(name) => NetworkSpec::Tap { name: name.clone() },
-        choice @ (NetChoice::User | NetChoice::Isolated) => NetworkSpec::User(UserNetSpec {
-            publish: args.publish.clone(),
-            isolated: *choice == NetChoice::Isolated,
-            ..UserNetSpec::default()
+        NetChoice::User | NetChoice::Isolated => NetworkSpec::User(user),
+        NetChoice::Switch(name) => NetworkSpec::Switch(SwitchSpec {
+            directory: lodger_store::switch_dir(name)?,
+            // Its monitor knows it.
+            name: None,
+            user,
         }),
     };
-    vec![NetSpec::new(network)]
+    Ok(vec![NetSpec::new(network)])
 }
 
 /// What to boot of an image, its root disk if it has one, and what it runs if it is from a registry.

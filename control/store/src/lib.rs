@@ -25,7 +25,7 @@ mod record;
 
 pub use claim::Claim;
 pub use name::{Name, NameError, new_id};
-pub use place::{Store, data_dir, sockets};
+pub use place::{Store, data_dir, sockets, switch_dir};
 pub use record::{Life, Record, State, Vm};
 
 use std::io;

@@ -132,14 +132,8 @@ impl Store {
 /// there is one, and in the VM's own, because the runtime directory may go with the user's session. Both are closed to other
 /// users.
 pub fn sockets(id: &str, dir: &Path) -> Vec<PathBuf> {
-    let runtime = env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-    let ours = |path: &PathBuf| {
-        let owner = path.metadata().map(|found| found.uid());
-        path.is_absolute() && owner.is_ok_and(|uid| uid == rustix::process::geteuid().as_raw())
-    };
     let mut paths = Vec::new();
-    if let Some(runtime) = runtime.filter(ours) {
-        let sockets = runtime.join("lodger");
+    if let Some(sockets) = runtime_dir() {
         match make_dir(&sockets) {
             Ok(()) => paths.push(sockets.join(format!("{id}.sock"))),
             Err(error) => tracing::info!("{error}; the socket is in the VM's directory only"),
@@ -147,6 +141,22 @@ pub fn sockets(id: &str, dir: &Path) -> Vec<PathBuf> {
     }
     paths.push(dir.join(SOCKET));
     paths
+}
+
+/// Where what does not outlive the user's session is, if there is such a place.
+fn runtime_dir() -> Option<PathBuf> {
+    let runtime = env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    let ours = |path: &PathBuf| {
+        let owner = path.metadata().map(|found| found.uid());
+        path.is_absolute() && owner.is_ok_and(|uid| uid == rustix::process::geteuid().as_raw())
+    };
+    Some(runtime.filter(ours)?.join("lodger"))
+}
+
+/// The directory of the switch of this name.
+pub fn switch_dir(name: &Name) -> Result<PathBuf, StoreError> {
+    let base = runtime_dir().map_or_else(data_dir, Ok)?;
+    Ok(base.join("switch").join(name.as_str()))
 }
 
 /// Makes a directory, and those above it, for this user alone.

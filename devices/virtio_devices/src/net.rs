@@ -11,7 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use lodger_clock::InputPort;
 use lodger_device_model::{Payload, RestoreError};
-use lodger_net::{HEADER_LEN, NetBackend, NetError, Offloads, TapNet, UserNet, UserNetSpec};
+use lodger_net::{
+    HEADER_LEN, NetBackend, NetError, Offloads, SwitchNet, SwitchSpec, TapNet, UserNet, UserNetSpec,
+};
 use lodger_virtio::{Activation, Chain, Queue, VirtioDevice, VirtioPci, Wiring, read_config};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
@@ -56,6 +58,8 @@ pub enum NetworkSpec {
         /// The interface.
         name: String,
     },
+    /// A switch with the cards of other machines, which gives the card its address.
+    Switch(SwitchSpec),
 }
 
 /// Locally administered, unicast.
@@ -74,11 +78,17 @@ impl NetSpec {
 
     /// Makes the network and the card.
     pub fn build(&self, name: &str, wiring: &Wiring) -> Result<Arc<VirtioPci>, NetError> {
+        let mut mac = self.mac;
         let backend: Arc<dyn NetBackend> = match &self.network {
             NetworkSpec::User(spec) => Arc::new(UserNet::start(spec)?),
             NetworkSpec::Tap { name } => Arc::new(TapNet::start(name)?),
+            NetworkSpec::Switch(spec) => {
+                let net = SwitchNet::start(spec)?;
+                mac = net.mac();
+                Arc::new(net)
+            }
         };
-        let net = Net::new(name, self.mac, backend)?;
+        let net = Net::new(name, mac, backend)?;
         Ok(VirtioPci::new(name, net, wiring))
     }
 }

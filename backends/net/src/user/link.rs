@@ -28,6 +28,8 @@ pub(crate) struct Link {
     offloads: Option<Offloads>,
     /// The card's address.
     pub card_mac: EthernetAddress,
+    /// As DHCP gives it.
+    pub guest: Ipv4Addr,
     waiting: VecDeque<Vec<u8>>,
     packet: Vec<u8>,
     /// Of the latest packet that may have been cut.
@@ -35,11 +37,12 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    pub(crate) fn new(card_mac: EthernetAddress) -> Link {
+    pub(crate) fn new(card_mac: EthernetAddress, guest: Ipv4Addr) -> Link {
         Link {
             card: None,
             offloads: None,
             card_mac,
+            guest,
             waiting: VecDeque::new(),
             packet: Vec::new(),
             ident: 0,

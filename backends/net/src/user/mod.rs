@@ -7,7 +7,8 @@
 //! |---|---|
 //! | `stack.rs` | what a packet is, and who takes it |
 //! | `tcp.rs`, `udp.rs`, `ping.rs` | connections, datagrams, ICMP echo |
-//! | `dhcp.rs`, `neighbours.rs`, `resolver.rs` | the card's addresses, the host's name servers |
+//! | `dhcp.rs`, `neighbours.rs` | the card's addresses |
+//! | `resolver.rs`, `names.rs` | the host's name servers; names of a switch's members |
 //! | `link.rs`, `fragments.rs` | frames to the card; packets that it sends in parts |
 //! | `poller.rs` | the wait for the host's sockets |
 //!
@@ -22,6 +23,7 @@ mod dhcp;
 mod forward;
 mod fragments;
 mod link;
+pub(crate) mod names;
 mod neighbours;
 mod ping;
 mod poller;
@@ -31,8 +33,9 @@ mod tcp;
 mod udp;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
@@ -47,6 +50,8 @@ use smoltcp::wire::EthernetAddress;
 
 pub use forward::{Forward, ForwardError, Protocol};
 
+use self::link::Link;
+use self::names::Names;
 use self::poller::Poller;
 use self::resolver::Resolver;
 use self::stack::Stack;
@@ -94,6 +99,14 @@ pub enum NetError {
         /// The host's reason.
         source: io::Error,
     },
+    /// There is no place at a switch.
+    #[error("cannot join the switch {}: {source}", directory.display())]
+    Switch {
+        /// Its directory.
+        directory: PathBuf,
+        /// The host's reason.
+        source: io::Error,
+    },
     /// The host lacks something else.
     #[error("cannot make a network: {0}")]
     Host(#[from] io::Error),
@@ -115,6 +128,15 @@ struct Shared {
 impl UserNet {
     /// Makes the network and opens the published ports.
     pub fn start(spec: &UserNetSpec) -> Result<UserNet, NetError> {
+        UserNet::join(spec, addresses::GUEST, None)
+    }
+
+    /// The same for one of several cards, which has address `guest` and knows others by `names`.
+    pub(crate) fn join(
+        spec: &UserNetSpec,
+        guest: Ipv4Addr,
+        names: Option<Names>,
+    ) -> Result<UserNet, NetError> {
         let poller = Arc::new(Poller::new()?);
         let resolver = match &spec.name_servers[..] {
             [] => Resolver::of_file("/etc/resolv.conf".into()),
@@ -123,7 +145,9 @@ impl UserNet {
         let ipv6 = spec.ipv6.unwrap_or_else(neighbours::host_has_ipv6);
         // Until the card sends something.
         let card = EthernetAddress::BROADCAST;
-        let mut stack = Stack::new(Arc::clone(&poller), card, resolver, spec.isolated, ipv6);
+        let link = Link::new(card, guest);
+        let mut stack = Stack::new(Arc::clone(&poller), link, resolver, spec.isolated, ipv6);
+        stack.names = names;
         let mut published = Vec::new();
         for forward in &spec.publish {
             let address = publish(&mut stack, forward).map_err(|source| NetError::Publish {

@@ -8,14 +8,15 @@ use std::time::{Duration, Instant};
 
 use rustix::net::{SocketFlags, accept_with};
 use smoltcp::wire::{
-    ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol, IpProtocol,
-    Ipv4Address, Ipv4Packet, Ipv6Packet, UdpPacket,
+    ArpOperation, ArpPacket, ArpRepr, EthernetFrame, EthernetProtocol, IpProtocol, Ipv4Address,
+    Ipv4Packet, Ipv6Packet, UdpPacket,
 };
 
-use super::addresses::{DNS, Destination, GATEWAY, GATEWAY_MAC, GUEST, destination, is_local};
+use super::addresses::{DNS, Destination, GATEWAY, GATEWAY_MAC, destination, is_local};
 use super::dhcp;
 use super::fragments::Fragments;
 use super::link::Link;
+use super::names::Names;
 use super::neighbours;
 use super::ping::Ping;
 use super::poller::{Poller, Ready, token};
@@ -32,6 +33,8 @@ const BURST: usize = 64;
 /// See the module documentation.
 pub(crate) struct Stack {
     pub link: Link,
+    /// Of the other cards, if there are any.
+    pub names: Option<Names>,
     poller: Arc<Poller>,
     tcp: Tcp,
     udp: Udp,
@@ -50,13 +53,14 @@ pub(crate) struct Stack {
 impl Stack {
     pub(crate) fn new(
         poller: Arc<Poller>,
-        card: EthernetAddress,
+        link: Link,
         resolver: Resolver,
         isolated: bool,
         ipv6: bool,
     ) -> Stack {
         Stack {
-            link: Link::new(card),
+            link,
+            names: None,
             poller,
             tcp: Tcp::new(),
             udp: Udp::new(resolver),
@@ -223,18 +227,28 @@ impl Stack {
             return self.dhcp(data);
         }
         let from = SocketAddr::new(from, udp.src_port());
-        if to == GATEWAY && self.udp.answer(from, port, data) || self.isolated {
+        if to == GATEWAY && self.udp.answer(from, port, data) {
             return;
         }
         let to = SocketAddr::new(to, port);
+        if destination(to) == Some(Destination::Resolver)
+            && let Some(reply) = self.names.as_ref().and_then(|names| names.answer(data))
+        {
+            return self.link.send_udp(to, from, &reply);
+        }
+        if self.isolated {
+            return;
+        }
         self.udp.datagram(&self.poller, from, to, data);
     }
 
     fn dhcp(&mut self, message: &[u8]) {
-        if let Some((reply, broadcast)) = dhcp::answer(message) {
+        if let Some((reply, broadcast)) =
+            dhcp::answer(message, self.link.guest, self.names.is_some())
+        {
             let to = match broadcast {
                 true => Ipv4Address::BROADCAST,
-                false => GUEST,
+                false => self.link.guest,
             };
             let from = (GATEWAY, DHCP_SERVER_PORT).into();
             self.link

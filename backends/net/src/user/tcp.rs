@@ -28,7 +28,7 @@ use smoltcp::wire::{
     IpCidr, IpProtocol, IpVersion, Ipv4Packet, Ipv6Packet, TCP_HEADER_LEN, TcpPacket, checksum,
 };
 
-use super::addresses::{GATEWAY, GUEST, MTU, is_one_host};
+use super::addresses::{GATEWAY, MTU, is_one_host};
 use super::link::Link;
 use super::poller::{Poller, Ready, Token, token};
 use crate::header::{Gso, PacketHeader};
@@ -190,7 +190,7 @@ impl Tcp {
         port: u16,
     ) -> io::Result<()> {
         self.check_room()?;
-        let card = SocketAddr::from((GUEST, port));
+        let card = SocketAddr::from((link.guest, port));
         let peer = loop {
             self.next_port = self.next_port.checked_add(1).unwrap_or(1024);
             let peer = SocketAddr::from((GATEWAY, self.next_port));

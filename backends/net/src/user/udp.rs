@@ -13,7 +13,7 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recvfrom, sendto, socket_with,
 };
 
-use super::addresses::{DNS, DNS_PORT, DNS6, Destination, GATEWAY, GATEWAY6, GUEST, destination};
+use super::addresses::{DNS, DNS_PORT, DNS6, Destination, GATEWAY, GATEWAY6, destination};
 use super::link::Link;
 use super::poller::{Poller, Token, token};
 use super::resolver::Resolver;
@@ -252,7 +252,7 @@ impl Udp {
         let Some(published) = self.published.get_mut(number) else {
             return;
         };
-        let card = (GUEST, published.card_port).into();
+        let card = (link.guest, published.card_port).into();
         for _ in 0..BURST {
             let Some((peer, data)) = receive(&published.socket, &mut self.buffer) else {
                 break;

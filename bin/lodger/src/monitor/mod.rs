@@ -28,6 +28,7 @@ use lodger_clock::{InputPort, LiveClock};
 use lodger_control::Ending;
 use lodger_lifecycle::{Outcome, Policy, VmController, VmHandle};
 use lodger_store::{CONSOLE_LOG, Claim, Life};
+use lodger_virtio_devices::NetworkSpec;
 
 pub use detach::{executable, start as start_detached};
 
@@ -167,6 +168,11 @@ impl Monitor {
         let mut log = None;
         if let Some(claim) = &claim {
             vms::resolve(&mut spec.machine, claim.dir());
+            for net in &mut spec.machine.virtio.nets {
+                if let NetworkSpec::Switch(switch) = &mut net.network {
+                    switch.name = Some(claim.name().to_string());
+                }
+            }
             let path = claim.dir().join(CONSOLE_LOG);
             let opened = RotatingLog::open(&path, LOG_SIZE, LOGS);
             log = Some(opened.map_err(|error| Error::File {

@@ -3,7 +3,77 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 
-use crate::process::Lodger;
+use crate::process::{Finished, Lodger};
+
+/// Two machines on a switch, which end with it.
+struct Pair(tempfile::TempDir);
+
+impl Pair {
+    #[track_caller]
+    fn lodger(&self, arguments: &[&str]) -> Finished {
+        let (data, runtime) = (self.0.path().join("data"), self.0.path());
+        let environment = [("XDG_DATA_HOME", &*data), ("XDG_RUNTIME_DIR", runtime)];
+        Lodger::start_in(&environment, arguments).finish()
+    }
+
+    /// What a command in a machine says.
+    #[track_caller]
+    fn sh(&self, vm: &str, script: &str) -> String {
+        self.lodger(&["exec", vm, "sh", "-c", script])
+            .expect(0)
+            .text()
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        self.lodger(&["rm", "-f", "one", "other"]);
+    }
+}
+
+#[test]
+fn machines_on_a_switch_reach_each_other_by_name() {
+    let pair = Pair(tempfile::tempdir().expect("a folder"));
+    for name in ["one", "other"] {
+        pair.lodger(&["run", "-d", "--name", name, "--net", "switch=lan", "mini"])
+            .expect(0);
+    }
+    let address = |vm: &str| pair.sh(vm, "ip address show dev eth0");
+    let (one, other) = (address("one"), address("other"));
+    assert!(one.contains("10.0.2.15/24"), "{one}");
+    assert!(other.contains("10.0.2.16/24"), "{other}");
+    let ping = pair.sh("one", "ping -c 3 other");
+    assert!(ping.contains("(10.0.2.16)"), "{ping}");
+    // More than a packet. An end of nc's input would end the connection, so the receiver's has none.
+    pair.sh("one", "head -c 20000000 /dev/urandom > /tmp/x");
+    let sum = pair.sh("one", "md5sum < /tmp/x");
+    pair.sh(
+        "other",
+        "mkfifo /tmp/none; (exec 3<>/tmp/none; nc -l -p 7000 <&3 | md5sum > /tmp/sum; touch /tmp/done) > /dev/null 2>&1 &",
+    );
+    pair.sh(
+        "one",
+        "for n in 1 2 3 4 5; do nc other.lodger.internal 7000 < /tmp/x && break; sleep 1; done",
+    );
+    let got = pair.sh(
+        "other",
+        "while [ ! -e /tmp/done ]; do sleep 0.1; done; cat /tmp/sum",
+    );
+    assert_eq!(got, sum);
+    // The name goes with the machine.
+    pair.lodger(&["kill", "other"]).expect(0);
+    let gone = pair.lodger(&[
+        "exec",
+        "one",
+        "ping",
+        "-c",
+        "1",
+        "-W",
+        "1",
+        "other.lodger.internal",
+    ]);
+    assert!(!gone.status.success(), "{}", gone.text());
+}
 
 #[test]
 fn the_guest_reaches_the_host_and_the_host_the_guest() {
