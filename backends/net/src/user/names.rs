@@ -135,8 +135,9 @@ mod tests {
         File::create(path("2.lock")).unwrap();
         fs::write(path("2.name"), "gone").unwrap();
         let names = Names::new(directory.path().into());
-        // The response code and the address.
-        let cases: &[(&str, u16, Option<(u8, &[u8])>)] = &[
+        /// The response code and the address; none: it is for others to answer.
+        type Expected = Option<(u8, &'static [u8])>;
+        let cases: &[(&str, u16, Expected)] = &[
             ("web", 1, Some((0, &[10, 0, 2, 16]))),
             ("WEB.lodger.internal", 1, Some((0, &[10, 0, 2, 16]))),
             ("web", 28, Some((0, &[]))),
