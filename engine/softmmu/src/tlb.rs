@@ -3,7 +3,7 @@
 //! A hit is one comparison: the distance of the address from the tag is at most the page size less that of the access. It fails for
 //! another page and for an access that leaves the page. The layout is known to translated code.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::hash::BuildHasherDefault;
 use std::io;
 use std::mem::offset_of;
@@ -99,12 +99,22 @@ const KEPT: usize = 2048;
 const LARGE: usize = 4096;
 
 /// Where an entry is.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Place {
     index: MmuIndex,
     direction: Direction,
     slot: u16,
 }
+
+/// Which write entries of the tables may be of a guest-physical page. They may have been dropped since.
+#[derive(Clone, Copy)]
+enum Writers {
+    One(Place),
+    Several,
+}
+
+/// Pages that are known to have write entries, at most.
+const WRITERS: usize = 8 * ENTRIES;
 
 /// An entry of an address space that is not in use.
 struct Kept {
@@ -130,6 +140,8 @@ pub struct Tlb {
     /// Which slots were filled with local, and with global entries since these were last all flushed, so that a flush need not look
     /// at the others.
     filled: [Vec<Place>; 2],
+    /// By guest-physical page.
+    writers: HashMap<u64, Writers, BuildHasherDefault<AddressHasher>>,
     /// The current address space, and others, the latest last.
     space: u16,
     spaces: Vec<Space>,
@@ -165,6 +177,7 @@ impl Tlb {
             tables,
             facts: vec![[[0; ENTRIES]; 2]; 3].try_into().expect("three"),
             filled: Default::default(),
+            writers: HashMap::default(),
             space: 0,
             spaces: Vec::new(),
             spare: Vec::new(),
@@ -252,6 +265,28 @@ impl Tlb {
             self.filled[list].push(place);
         }
         *self.at(place) = entry;
+        if place.direction == Direction::Write {
+            self.note_writer(place, new & !BITS);
+        }
+    }
+
+    fn note_writer(&mut self, place: Place, page: u64) {
+        if self.writers.len() == WRITERS {
+            self.writers.clear();
+            for list in [0, 1] {
+                for n in 0..self.filled[list].len() {
+                    let other = self.filled[list][n];
+                    let facts = *self.facts(other);
+                    if other.direction == Direction::Write && facts & VALID != 0 {
+                        self.note_writer(other, facts & !BITS);
+                    }
+                }
+            }
+        }
+        let known = self.writers.entry(page).or_insert(Writers::One(place));
+        if !matches!(known, Writers::One(other) if *other == place) {
+            *known = Writers::Several;
+        }
     }
 
     /// Something is cached of the mapping of `size` bytes that `linear` is part of (`u64::MAX`: there is no paging).
@@ -279,6 +314,7 @@ impl Tlb {
         }
         self.spaces.clear();
         self.large.clear();
+        self.writers.clear();
     }
 
     /// Drops everything but global pages from the current address space (a CR3 load).
@@ -379,15 +415,24 @@ impl Tlb {
         }
     }
 
+    fn drop_writer(&mut self, place: Place, page: u64) {
+        let holds = *self.facts(place) & !BITS == page;
+        if holds && place.direction == Direction::Write {
+            self.clear(place);
+        }
+    }
+
     /// Drops the write permission from all entries of guest-physical `page`: it holds code now.
     pub fn protect(&mut self, page: u64) {
         self.age += 1;
-        for list in [0, 1] {
-            for n in 0..self.filled[list].len() {
-                let place = self.filled[list][n];
-                let holds = *self.facts(place) & !BITS == page;
-                if holds && place.direction == Direction::Write {
-                    self.clear(place);
+        match self.writers.remove(&page) {
+            None => {}
+            Some(Writers::One(place)) => self.drop_writer(place, page),
+            Some(Writers::Several) => {
+                for list in [0, 1] {
+                    for n in 0..self.filled[list].len() {
+                        self.drop_writer(self.filled[list][n], page);
+                    }
                 }
             }
         }
@@ -664,6 +709,48 @@ mod tests {
             (true, false),
             "not writable any more"
         );
+    }
+
+    #[test]
+    fn a_page_that_becomes_code_is_written_through_no_entry() {
+        use MmuIndex::*;
+        let mut ram = [0u8; 4096];
+        let host = ram.as_mut_ptr();
+        let mut tlb = Tlb::new().unwrap();
+        let fill = |tlb: &mut Tlb, linear, page| {
+            tlb.fill(
+                User,
+                Direction::Write,
+                linear,
+                host,
+                page,
+                true,
+                false,
+                4096,
+            );
+        };
+        // Two entries of a page, one of which another page has replaced and left again.
+        let (one, other, alias) = (0x5000, 0x6000, 0x5000 + (ENTRIES as u64) * 4096);
+        fill(&mut tlb, one, 0x1000);
+        fill(&mut tlb, alias, 0x2000);
+        fill(&mut tlb, one, 0x1000);
+        fill(&mut tlb, other, 0x1000);
+        tlb.protect(0x1000);
+        assert_eq!(hit(&tlb, User, one), (true, false));
+        assert_eq!(hit(&tlb, User, other), (true, false));
+        fill(&mut tlb, other, 0x1000);
+        tlb.protect(0x1000);
+        assert_eq!(hit(&tlb, User, other), (true, false));
+        // More pages than are known.
+        for n in 0..WRITERS as u64 + 2 {
+            fill(&mut tlb, n << 12, (n + 16) << 12);
+        }
+        let last = WRITERS as u64 + 1;
+        for n in [last, last - 1, last - 2, last - 3] {
+            assert!(hit(&tlb, User, n << 12).1);
+            tlb.protect((n + 16) << 12);
+            assert!(!hit(&tlb, User, n << 12).1, "{n}");
+        }
     }
 
     #[test]
